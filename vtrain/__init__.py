@@ -1,0 +1,1 @@
+"""vtrain: a performance-first trainer for models over visual tokens."""
