@@ -45,8 +45,9 @@ class PackedBatch:
     the real documents comes one padding document (the tail), then empty ones up to the bucket's S; max_seqlen: an
     upper bound of the lengths, a host integer; kv_lo, kv_hi int32[T] or None: a query attends keys in [kv_lo, kv_hi),
     None = causal in the document; doc_keys int64[S] (the bits of u64 keys).
-    Host only: documents (real ones), tokens (real ones), counts {name: sum of label weights}: "next_token" over all
-    labels and one entry per vocabulary range; sources int32[S] (-1 for padding).
+    Host only: lengths int64[documents] of the real documents; tokens, their sum; scored, the number of labels; counts
+    {name: sum of label weights}: "next_token" over all labels and one entry per vocabulary range; sources int32[S] (-1
+    for padding).
     """
 
     ids: torch.Tensor
@@ -58,8 +59,9 @@ class PackedBatch:
     weights: torch.Tensor | None = None
     kv_lo: torch.Tensor | None = None
     kv_hi: torch.Tensor | None = None
-    documents: int = 0
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tokens: int = 0
+    scored: int = 0
     counts: dict[str, float] = field(default_factory=dict)
     sources: np.ndarray | None = None
 
@@ -121,11 +123,17 @@ class PackedBatch:
             max_seqlen=seqlen_bucket(longest),
             doc_keys=torch.from_numpy(keys.view(np.int64)),
             weights=torch.from_numpy(weights) if keep_weights else None,
-            documents=len(documents),
+            lengths=lengths,
             tokens=tokens,
+            scored=int((labels >= 0).sum()),
             counts=counts,
             sources=sources,
         )
+
+    @property
+    def documents(self) -> int:
+        """The number of real documents."""
+        return len(self.lengths)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device` (asynchronously from pinned memory); host fields stay."""

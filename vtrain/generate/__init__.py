@@ -1,0 +1,1 @@
+"""Generation: KV cache, sampler, engine, and the helpers that turn generated codes into pictures."""

@@ -1,7 +1,11 @@
-// Python module vkernels._host: host-built index tables that kernels consume. Numpy in, numpy out, GIL released.
-#include <pybind11/numpy.h>
+// Python module vkernels._host: the host side of the kernels. Numpy in, results into numpy arrays, GIL released.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_host, m) { m.doc() = "Host-side tables for vkernels"; }
+void bind_attention(py::module_& m);
+
+PYBIND11_MODULE(_host, m) {
+    m.doc() = "Host kernels and tables of vkernels";
+    bind_attention(m);
+}

@@ -4,9 +4,11 @@
 
 namespace py = pybind11;
 
+void bind_bpe(py::module_& m);
 void bind_crc32c(py::module_& m);
 
 PYBIND11_MODULE(_host, m) {
     m.doc() = "Host-side primitives of vtrain";
+    bind_bpe(m);
     bind_crc32c(m);
 }

@@ -1,0 +1,182 @@
+"""Output head and cross-entropy in one op: the logits of all rows never exist at once.
+
+Rows are taken in chunks; the backward pass makes each chunk's logits again and turns them into their gradient in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vkernels.registry import (
+    Backend,
+    accumulate_dtype,
+    anywhere,
+    below_autograd,
+    define,
+    define_autograd,
+    define_backward,
+    on_cpu,
+)
+
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of one chunk's float32 logits
+
+
+def linear_cross_entropy(
+    h: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    bases: Sequence[int],
+    labels: torch.Tensor,
+    *,
+    sizes: Sequence[int],
+    row_weight: torch.Tensor | None = None,
+    row_class: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of h[T, C] @ weights[i][:sizes[i]].T over the union of all ranges. -> (sum, count) float32[ranges].
+
+    Entry i holds the loss and the weight of the rows whose label lies in [bases[i], bases[i] + sizes[i]); other labels
+    (negative, or in no range) are ignored. row_weight float32[T] multiplies each row's loss and count (default 1).
+    row_class int[T] restricts the softmax of a row to range row_class[t]; a negative one leaves it whole. A label
+    outside its row's class costs infinity. `sum` is differentiable in h and weights; entry-wise, with any factors.
+    """
+    if not len(weights) == len(bases) == len(sizes) or not weights:
+        raise ValueError(
+            f"linear_cross_entropy: {len(weights)} weights, {len(bases)} bases, {len(sizes)} sizes; expected as many of each"
+        )
+    return _op(h, list(weights), list(bases), labels, list(sizes), row_weight, row_class)[:2]
+
+
+def _chunk_rows(h, sizes):
+    limit = _CHUNK_BYTES.get(h.device.type, 64 << 20)
+    return max(1, limit // (4 * sum(sizes)))
+
+
+def _label_columns(labels, bases, sizes):
+    """-> (column int64[T] of each label in the joined logits, 0 where ignored; range int64[T], n_ranges where ignored)."""
+    column = torch.zeros_like(labels, dtype=torch.int64)
+    kind = torch.full_like(column, len(bases))
+    start = 0
+    for i, (base, size) in enumerate(zip(bases, sizes)):
+        inside = (labels >= base) & (labels < base + size)
+        column = torch.where(inside, labels.long() - base + start, column)
+        kind = kind.masked_fill_(inside, i)
+        start += size
+    return column, kind
+
+
+def _logits(h, weights, sizes, row_class):
+    """One chunk's logits [t, sum(sizes)] in the accumulation dtype, a range next to the other."""
+    acc = accumulate_dtype(h.dtype)
+    logits = torch.empty(h.shape[0], sum(sizes), dtype=acc, device=h.device)
+    start = 0
+    for i, (w, size) in enumerate(zip(weights, sizes)):
+        part = logits[:, start : start + size]
+        if h.dtype == acc:
+            torch.mm(h, w[:size].t(), out=part)
+        else:
+            part.copy_(h @ w[:size].t())
+        if row_class is not None:
+            part.masked_fill_(((row_class >= 0) & (row_class != i)).unsqueeze(1), float("-inf"))
+        start += size
+    return logits
+
+
+def _forward(h, weights, bases, labels, sizes, row_weight, row_class):
+    acc = accumulate_dtype(h.dtype)
+    column, kind = _label_columns(labels, bases, sizes)
+    lse = torch.empty(h.shape[0], dtype=acc, device=h.device)
+    target = torch.empty_like(lse)
+    step = _chunk_rows(h, sizes)
+    for a in range(0, h.shape[0], step):
+        rows = slice(a, a + step)
+        logits = _logits(h[rows], weights, sizes, None if row_class is None else row_class[rows])
+        torch.logsumexp(logits, 1, out=lse[rows])
+        torch.gather(logits, 1, column[rows].unsqueeze(1), out=target[rows].unsqueeze(1))
+    weight = torch.ones_like(lse) if row_weight is None else row_weight.to(acc)
+    loss = (lse - target) * weight
+    sums, counts = [], []
+    for i in range(len(bases)):
+        sums.append(torch.where(kind == i, loss, 0).sum())
+        counts.append(torch.where(kind == i, weight, 0).sum())
+    return torch.stack(sums), torch.stack(counts), lse
+
+
+def _backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse):
+    acc = accumulate_dtype(h.dtype)
+    column, kind = _label_columns(labels, bases, sizes)
+    # What one unit of row t's loss is worth to the caller; 0 for ignored rows.
+    worth = torch.cat([dsum.to(acc), dsum.new_zeros(1, dtype=acc)])[kind]
+    if row_weight is not None:
+        worth = worth * row_weight
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dweights = [torch.zeros(w.shape, dtype=acc, device=w.device) for w in weights]
+    step = _chunk_rows(h, sizes)
+    for a in range(0, h.shape[0], step):
+        rows = slice(a, a + step)
+        dlogits = _logits(h[rows], weights, sizes, None if row_class is None else row_class[rows])
+        dlogits.sub_(lse[rows].unsqueeze(1)).exp_().mul_(worth[rows].unsqueeze(1))
+        dlogits.scatter_add_(1, column[rows].unsqueeze(1), -worth[rows].unsqueeze(1))
+        dlogits = dlogits.to(h.dtype)
+        start = 0
+        total = None
+        for w, dw, size in zip(weights, dweights, sizes):
+            part = dlogits[:, start : start + size]
+            dw[:size] += part.t() @ h[rows]
+            total = part @ w[:size] if total is None else total + part @ w[:size]
+            start += size
+        dh[rows] = total
+    return [dh, *(dw.to(w.dtype) for dw, w in zip(dweights, weights))]
+
+
+def _fake_forward(h, weights, bases, labels, sizes, row_weight, row_class):
+    acc = accumulate_dtype(h.dtype)
+    return (
+        h.new_empty(len(bases), dtype=acc),
+        h.new_empty(len(bases), dtype=acc),
+        h.new_empty(h.shape[0], dtype=acc),
+    )
+
+
+def _fake_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse):
+    return [h.new_empty(h.shape), *(w.new_empty(w.shape) for w in weights)]
+
+
+_op = define(
+    "linear_cross_entropy",
+    "(Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight, Tensor? row_class)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    torch=Backend(_forward, _backward, anywhere),
+)
+_backward_op = define_backward(
+    "linear_cross_entropy",
+    "(Tensor dsum, Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight,"
+    " Tensor? row_class, Tensor lse) -> Tensor[]",
+    fake=_fake_backward,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, bases, labels, sizes, row_weight, row_class, *weights):
+        with below_autograd():
+            total, count, lse = _op(h, list(weights), bases, labels, sizes, row_weight, row_class)
+        ctx.save_for_backward(h, labels, row_weight, row_class, lse, *weights)
+        ctx.layout = bases, sizes
+        ctx.mark_non_differentiable(count, lse)
+        return total, count, lse
+
+    @staticmethod
+    def backward(ctx, dsum, *_):
+        h, labels, row_weight, row_class, lse, *weights = ctx.saved_tensors
+        bases, sizes = ctx.layout
+        dh, *dweights = _backward_op(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse)
+        return dh, None, None, None, None, None, *dweights
+
+
+def _pack(h, weights, bases, labels, sizes, row_weight=None, row_class=None):
+    return h, bases, labels, sizes, row_weight, row_class, *weights
+
+
+define_autograd("linear_cross_entropy", _LinearCrossEntropy, pack=_pack)

@@ -1,0 +1,71 @@
+"""Token embedding over a vocabulary of ranges, each with a table of its own; tables are never joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vkernels.registry import Backend, anywhere, below_autograd, define, define_autograd, define_backward
+
+
+def embed(
+    ids: torch.Tensor, tables: Sequence[torch.Tensor], bases: Sequence[int], *, sizes: Sequence[int]
+) -> torch.Tensor:
+    """ids int[T] -> [T, C]: an id in [base, base + size) reads row id - base of that range's table [rows, C].
+
+    Ids in no range (-1 at slot rows) give a zero row and no gradient. All tables share C and dtype.
+    """
+    if not len(tables) == len(bases) == len(sizes) or not tables:
+        raise ValueError(f"embed: {len(tables)} tables, {len(bases)} bases, {len(sizes)} sizes; expected as many of each")
+    return _op(ids, list(tables), list(bases), list(sizes))
+
+
+def _forward(ids, tables, bases, sizes):
+    out = None
+    for table, base, size in zip(tables, bases, sizes):
+        local = ids - base
+        rows = table.index_select(0, local.clamp(0, size - 1))
+        inside = ((local >= 0) & (local < size)).unsqueeze(-1)
+        out = torch.where(inside, rows, 0 if out is None else out)
+    return out.to(tables[0].dtype)
+
+
+def _backward(dy, ids, bases, sizes, rows):
+    grads = []
+    for base, size, n in zip(bases, sizes, rows):
+        local = ids - base
+        # One more row takes what is outside the range: no selection whose shape depends on the data.
+        local = torch.where((local >= 0) & (local < size), local, n)
+        grad = torch.zeros(n + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+        grads.append(grad.index_add_(0, local, dy.to(grad.dtype))[:n].to(dy.dtype, copy=True))
+    return grads
+
+
+_op = define(
+    "embed",
+    "(Tensor ids, Tensor[] tables, int[] bases, int[] sizes) -> Tensor",
+    fake=lambda ids, tables, bases, sizes: tables[0].new_empty(ids.shape[0], tables[0].shape[1]),
+    torch=Backend(_forward, _backward, anywhere),
+)
+_backward_op = define_backward(
+    "embed",
+    "(Tensor dy, Tensor ids, int[] bases, int[] sizes, int[] rows) -> Tensor[]",
+    fake=lambda dy, ids, bases, sizes, rows: [dy.new_empty(n, dy.shape[1]) for n in rows],
+)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, bases, sizes, *tables):
+        ctx.save_for_backward(ids)
+        ctx.layout = bases, sizes, [t.shape[0] for t in tables]
+        with below_autograd():
+            return _op(ids, list(tables), bases, sizes)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, None, None, *_backward_op(dy, *ctx.saved_tensors, *ctx.layout)
+
+
+define_autograd("embed", _Embed, pack=lambda ids, tables, bases, sizes: (ids, bases, sizes, *tables))

@@ -1,0 +1,90 @@
+"""Captions to prompts, codes to pictures, pictures to a grid."""
+
+import numpy as np
+import pytest
+import torch
+
+from vtrain.generate.grid import MAX_CELL, MAX_COLUMNS, MAX_ROWS, draw_grid
+from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
+from vtrain.vocab import Vocabulary
+
+VOCAB = Vocabulary.of(extra=5, text=300, visual=6)
+
+
+class Letters:
+    """A text tokenizer of bytes and two specials."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def special_id(self, name):
+        return {"<|t2i|>": 256, "<|soi|>": 257}[name]
+
+
+class Shades:
+    """An image tokenizer whose code is a brightness of its 2x2 pixels, -1 to 1."""
+
+    num_codes = 6
+    batches: list
+
+    def __init__(self):
+        self.batches = []
+
+    def decode(self, ids):
+        self.batches.append(tuple(ids.shape))
+        pixels = ids.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        return (pixels[:, None].expand(-1, 3, -1, -1) / 2.5) - 1.0
+
+
+def test_prompts_are_global_ids_between_the_two_specials():
+    prompts, uncond = text_to_image_prompts(["ab", ""], Letters(), VOCAB)
+    assert prompts == [[261, 102, 103, 262], [261, 262]]
+    assert uncond == [261, 262]
+
+
+def test_codes_are_decoded_in_raster_order_and_batches():
+    ids = VOCAB["visual"].base + torch.tensor([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0] * 6])
+    tokenizer = Shades()
+    pictures = decode_pictures(ids, tokenizer, VOCAB, grid=(2, 3), batch_size=2)
+    assert tokenizer.batches == [(2, 2, 3), (1, 2, 3)]
+    assert pictures.shape == (3, 4, 6, 3)
+    assert pictures.dtype == np.uint8
+    codes = (ids - VOCAB["visual"].base).numpy()
+    for picture, row in zip(pictures, codes):
+        expected = np.kron(row.reshape(2, 3), np.ones((2, 2))) * 51
+        assert (picture == expected[..., None]).all()
+
+
+def test_grid_enlarges_small_pictures_by_whole_factors():
+    rng = np.random.default_rng(0)
+    rows = [[rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(n)] for n in (3, 1)]
+    sheet = np.asarray(draw_grid(["a caption", "another"], rows))
+    found = 0
+    for row in rows:
+        for picture in row:
+            block = np.kron(picture, np.ones((8, 8, 1), dtype=np.uint8))
+            spots = np.argwhere((sheet[:-63, :-63] == block[0, 0]).all(-1))
+            found += any((sheet[y : y + 64, x : x + 64] == block).all() for y, x in spots)
+    assert found == 4
+    assert (sheet[:, :150] != 255).any(), "no caption was drawn"
+
+
+def test_grid_reduces_large_pictures_and_stays_bounded():
+    sheet = draw_grid(["one"], [[np.zeros((600, 300, 3), np.uint8)]])
+    black = np.argwhere((np.asarray(sheet)[:, 150:] == 0).all(-1))
+    assert (np.ptp(black, axis=0) + 1).tolist() == [MAX_CELL, MAX_CELL // 2]
+    tiny = np.zeros((1, 1, 3), np.uint8)
+    many = draw_grid(["x"] * 200, [[tiny] * 40] * 200)
+    assert many.size == draw_grid(["x"] * MAX_ROWS, [[tiny] * MAX_COLUMNS] * MAX_ROWS).size
+
+
+@pytest.mark.parametrize("caption", ["", "word " * 500, "x" * 500, "line\nbreak", "三 Ünï \U0001f600"], ids=len)
+def test_any_caption_can_be_drawn(caption):
+    picture = np.full((64, 64, 3), 9, np.uint8)
+    sheet = np.asarray(draw_grid([caption], [[picture]]))
+    assert (sheet[4:68, 154:218] == 9).all(), "the caption runs into the pictures"
+
+
+def test_a_grid_without_pictures_is_an_error():
+    with pytest.raises(ValueError, match="0 pictures"):
+        draw_grid([], [])

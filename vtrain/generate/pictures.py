@@ -1,0 +1,52 @@
+"""Text to image around the engine: captions -> prompts, sampled codes -> pictures. Shared by command and training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from vtrain.visual.preprocess import to_uint8
+from vtrain.vocab import Vocabulary
+
+TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
+
+
+class TextTokenizer(Protocol):
+    """What is used of `vtrain.text` tokenizers."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def special_id(self, name: str) -> int: ...
+
+
+class ImageTokenizer(Protocol):
+    """What is used of `vtrain.visual` tokenizers."""
+
+    num_codes: int
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+
+def text_to_image_prompts(
+    captions: Sequence[str], tokenizer: TextTokenizer, vocab: Vocabulary
+) -> tuple[list[list[int]], list[int]]:
+    """Global ids of `<|t2i|> caption <|soi|>` per caption, and of the unconditional prompt `<|t2i|> <|soi|>`."""
+    base = vocab["text"].base
+    start, image = (base + tokenizer.special_id(name) for name in (TEXT_TO_IMAGE, START_OF_IMAGE))
+    prompts = [[start, *(base + i for i in tokenizer.encode(caption)), image] for caption in captions]
+    return prompts, [start, image]
+
+
+@torch.no_grad()
+def decode_pictures(
+    ids: torch.Tensor, tokenizer: ImageTokenizer, vocab: Vocabulary, *, grid: tuple[int, int], batch_size: int = 64
+) -> np.ndarray:
+    """Pictures uint8[N, H, W, 3] from sampled global ids int64[N, h*w] of the visual range, raster order.
+
+    grid: (h, w) in codes. ValueError if an id is no code of the tokenizer.
+    """
+    codes = ids - vocab["visual"].base
+    return np.concatenate([to_uint8(tokenizer.decode(part)) for part in codes.view(-1, *grid).split(batch_size)])

@@ -1,0 +1,184 @@
+"""TextTokenizer: one face over SentencePiece, tiktoken and byte-level BPE files, with appended special tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from vtrain.text.added import AddedToken, AddedTokens
+from vtrain.text.bpe_files import read_ranks, read_tokenizer_json, read_vocab_and_merges
+from vtrain.text.spm import SentencePieceModel
+
+DEFAULT_SPECIALS = ("<|t2i|>", "<|soi|>", "<|eoi|>", "<|pad|>")
+
+_SPECIALS_FILE = "specials.json"  # written by `save`, so that a saved folder loads to the same ids
+_BESIDE_VOCAB = ("tokenizer_config.json", "added_tokens.json")
+
+
+class Model(Protocol):
+    """A tokenizer without added tokens: ids 0..size-1."""
+
+    size: int
+
+    @property
+    def normalize(self): ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def token_id(self, content: str) -> int | None: ...
+
+
+class TextTokenizer:
+    """Ids 0..vocab_size-1: the file's own tokens, then the appended specials that the file does not have itself.
+
+    Nothing is put before or after a text (no BOS, no EOS, no template).
+    """
+
+    def __init__(
+        self, model: Model, added: Sequence[AddedToken], specials: Sequence[str], files: Mapping[str, bytes]
+    ) -> None:
+        self._model = model
+        self._files = dict(files)
+        self.specials = tuple(specials)
+        self._added, self.vocab_size = _append_specials(model, added, self.specials)
+
+    def encode(self, text: str, allow_specials: bool = False) -> list[int]:
+        """Ids of a text. Special tokens in it are found only with `allow_specials`, otherwise they are plain text.
+
+        Lone surrogates become U+FFFD.
+        """
+        ids: list[int] = []
+        for part in self._added.split(_without_surrogates(text), allow_specials):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            else:
+                ids += self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        parts: list[str] = []
+        run: list[int] = []
+        for i in map(int, ids):
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is outside the tokenizer's 0..{self.vocab_size - 1}")
+            token = self._added.by_id.get(i)
+            if token is None:
+                run.append(i)
+                continue
+            parts += [self._model.decode(run), token.content] if run else [token.content]
+            run = []
+        return "".join([*parts, self._model.decode(run)] if run else parts)
+
+    def special_id(self, name: str) -> int:
+        """The id of a special (or other added) token by its text; KeyError names those there are."""
+        token = self._added.by_content.get(name)
+        if token is None:
+            known = ", ".join(t.content for t in self._added.tokens if t.special)
+            raise KeyError(f"the text tokenizer has no special token {name!r}; it has {known}")
+        return token.id
+
+    @property
+    def sha256(self) -> str:
+        """Names what ids mean: a hash over the files and the appended specials."""
+        digest = hashlib.sha256()
+        for name, data in sorted(self._contents().items()):
+            digest.update(f"{name} {len(data)}\n".encode())
+            digest.update(data)
+        return digest.hexdigest()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Copy the files (bytes unchanged) and the list of specials; `load_text_tokenizer(folder)` restores all ids."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self._contents().items():
+            (folder / name).write_bytes(data)
+
+    def _contents(self) -> dict[str, bytes]:
+        return self._files | {_SPECIALS_FILE: json.dumps(self.specials, ensure_ascii=False).encode()}
+
+
+def load_text_tokenizer(path: str | os.PathLike, specials: Sequence[str] | None = None) -> TextTokenizer:
+    """Load a tokenizer from a file or a folder.
+
+    A SentencePiece `.model`; a tiktoken rank file; `tokenizer.json`; `vocab.json` with `merges.txt` beside it; or a
+    folder with one of these (looked for as `tokenizer.model`, `tokenizer.json`, `vocab.json`). `specials` are appended
+    after the file's last id, except those that it has already; None takes the list saved in the folder, else
+    DEFAULT_SPECIALS. FileNotFoundError or ValueError, one line, where that cannot be done.
+    """
+    path = Path(path)
+    main = _main_file(path) if path.is_dir() else path
+    if not main.is_file():
+        raise FileNotFoundError(f"{main}: no such text tokenizer file")
+    data = main.read_bytes()
+    if main.suffix == ".json":
+        model, added, files = _load_json_family(main, data)
+    elif data[:1] == b"\n":  # a protobuf starts with its first field's tag: pieces, length-delimited
+        model, added = SentencePieceModel(data, str(main)), []
+        files = {"tokenizer.model": data}
+    elif main.suffix == ".model" or main.suffix == ".tiktoken":
+        (model, added), files = read_ranks(main, data), {"tokenizer.model": data}
+    else:
+        raise ValueError(f"{main}: unknown text tokenizer; expected a .model, .tiktoken or .json file")
+    if specials is None:
+        specials = _saved_specials(main.with_name(_SPECIALS_FILE)) if path.is_dir() else None
+    return TextTokenizer(model, added, DEFAULT_SPECIALS if specials is None else specials, files)
+
+
+def _main_file(folder: Path) -> Path:
+    for name in ("tokenizer.model", "tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder}: no tokenizer.model, tokenizer.json or vocab.json in it")
+
+
+def _load_json_family(main: Path, data: bytes) -> tuple[Model, list[AddedToken], dict[str, bytes]]:
+    if main.name != "vocab.json":
+        model, added = read_tokenizer_json(main, data)
+        return model, added, {"tokenizer.json": data}
+    merges = main.with_name("merges.txt")
+    if not merges.is_file():
+        raise FileNotFoundError(f"{merges}: no such file; vocab.json needs it")
+    files = {"vocab.json": data, "merges.txt": merges.read_bytes()}
+    files |= {name: main.with_name(name).read_bytes() for name in _BESIDE_VOCAB if main.with_name(name).is_file()}
+    model, added = read_vocab_and_merges(main.parent, files)
+    return model, added, files
+
+
+def _saved_specials(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    try:
+        specials = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(specials, list) or not all(isinstance(name, str) for name in specials):
+        raise ValueError(f"{path}: expected a list of strings")
+    return specials
+
+
+def _append_specials(model: Model, added: Sequence[AddedToken], specials: Sequence[str]) -> tuple[AddedTokens, int]:
+    """The added tokens with the specials among them, and the number of ids."""
+    if len(set(specials)) != len(specials) or not all(isinstance(s, str) and s for s in specials):
+        raise ValueError(f"text tokenizer specials {list(specials)}: expected different, non-empty strings")
+    tokens = {t.content: t for t in added}
+    size = max([model.size, *(t.id + 1 for t in added)])
+    for name in specials:
+        if name in tokens:
+            tokens[name] = AddedToken(**{**vars(tokens[name]), "special": True})
+            continue
+        known = model.token_id(name)
+        tokens[name] = AddedToken(name, size if known is None else known, special=True)
+        size += known is None
+    return AddedTokens(list(tokens.values()), model.normalize), size
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,258 @@
+"""Checkpoints: sharded safetensors and JSON, no pickle. Any number of ranks can load what any other number wrote.
+
+    checkpoints/step-00000200/
+      rank-00000.safetensors   this rank's rows of every parameter and optimizer state (buffers and scalars: rank 0)
+      rank-00000.json          {"tensors": {name: [first row, rows of the whole]}}; first row -1 = not sharded
+      state.json               step, task state (loader cursor ...), and what names the run (model, vocabulary)
+      config.toml              the resolved configuration
+      manifest.json            size and crc32c of every file above; written last, checked before anything is read
+
+A folder is written under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from vtrain._host import crc32c
+from vtrain.dist.comm import barrier, raise_together
+from vtrain.dist.fsdp import local, local_rows
+from vtrain.dist.mesh import World
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message names the file, what was found and what was expected."""
+
+
+@dataclass
+class Tensors:
+    """The tensors of a run on this rank: `sharded` hold rows of dimension 0 over ranks, `whole` are equal on all."""
+
+    sharded: dict[str, tuple[torch.Tensor, int]]  # name -> (local rows, rows of the whole)
+    whole: dict[str, torch.Tensor]
+
+    def joined(self, other: Tensors) -> Tensors:
+        return Tensors(self.sharded | other.sharded, self.whole | other.whole)
+
+
+def module_tensors(module: torch.nn.Module, prefix: str) -> Tensors:
+    """Parameters and persistent buffers of a module under `prefix`, as views of their storage."""
+    sharded, whole = {}, {}
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, DTensor):
+            sharded[f"{prefix}.{name}"] = (local(tensor), tensor.shape[0])
+        else:
+            whole[f"{prefix}.{name}"] = tensor
+    return Tensors(sharded, whole)
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps that have a folder under `root`, ascending; temporary folders do not count."""
+    return sorted(int(p.name[5:]) for p in root.glob("step-*") if p.name[5:].isdigit())
+
+
+def save(folder: Path, tensors: Tensors, state: Mapping, config: str, world: World) -> None:
+    """Write one checkpoint, all ranks together. `state` is JSON-able and equal on all ranks."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    if world.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    problem = None
+    try:
+        _write_rank(temporary, tensors, world)
+    except OSError as error:
+        problem = f"{temporary}: rank {world.rank} cannot write: {error}"
+    raise_together(problem)
+    if world.main:
+        _write_synced(temporary / "state.json", json.dumps({"format": FORMAT, "ranks": world.size, **state}, indent=1))
+        _write_synced(temporary / "config.toml", config)
+        write_manifest(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    barrier()
+
+
+def load(folder: Path, tensors: Tensors, world: World) -> dict:
+    """Fill this rank's tensors in place from a checkpoint and return its state.
+
+    CheckpointError lists every tensor that is missing, unexpected or of another shape.
+    """
+    state = read_state(folder)
+    problem = None
+    try:
+        parts = _read_index(folder, state["ranks"])
+        _compare(folder, parts, tensors)
+        with _Files(folder) as files:
+            for name, (target, rows) in tensors.sharded.items():
+                first, stop = local_rows(rows, world)
+                _read_rows(files, name, parts[name], target, first, stop)
+            for name, target in tensors.whole.items():
+                target.copy_(files[parts[name][0][0]].get_tensor(name).reshape(target.shape))
+    except CheckpointError as error:
+        problem = str(error)
+    raise_together(problem)
+    return state
+
+
+def read_state(folder: Path) -> dict:
+    """`state.json` of a checkpoint after its manifest has been checked."""
+    check_manifest(folder)
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / 'state.json'}: format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def write_manifest(folder: Path) -> None:
+    """Size and crc32c of every file in the folder, into `manifest.json`."""
+    files = {p.name: _fingerprint(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    _write_synced(folder / "manifest.json", json.dumps({"files": files}, indent=1))
+    _sync_folder(folder)
+
+
+def check_manifest(folder: Path) -> None:
+    """CheckpointError unless every file the manifest names is there, whole and unchanged."""
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no manifest.json: not a complete checkpoint")
+    try:
+        files = json.loads(path.read_text())["files"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a manifest: {error}") from error
+    for name, expected in files.items():
+        target = folder / name
+        if not target.is_file():
+            raise CheckpointError(f"{target}: missing; the manifest names it with {expected['size']} bytes")
+        found = _fingerprint(target)
+        if found != expected:
+            raise CheckpointError(f"{target}: found {found}, the manifest says {expected}")
+
+
+def prune(root: Path, keep: int, protected: set[int]) -> None:
+    """Delete all but the newest `keep` checkpoints (0 keeps all); `protected` steps always stay."""
+    if keep > 0:
+        for step in list_steps(root)[:-keep]:
+            if step not in protected:
+                shutil.rmtree(step_folder(root, step))
+
+
+def _write_rank(folder: Path, tensors: Tensors, world: World) -> None:
+    own: dict[str, torch.Tensor] = {}
+    index: dict[str, list[int]] = {}
+    for name, (tensor, rows) in tensors.sharded.items():
+        first, stop = local_rows(rows, world)
+        if stop - first != tensor.shape[0]:
+            raise AssertionError(f"{name}: rank {world.rank} holds {tensor.shape[0]} rows, expected {first}..{stop}")
+        if stop > first:
+            own[name], index[name] = tensor, [first, rows]
+    if world.main:
+        for name, tensor in tensors.whole.items():
+            own[name], index[name] = tensor, [-1, 0]
+    stem = f"rank-{world.rank:05d}"
+    path = folder / f"{stem}.safetensors"
+    save_file({name: t.detach().cpu().contiguous() for name, t in own.items()}, path)
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    _write_synced(folder / f"{stem}.json", json.dumps({"tensors": index}))
+
+
+def _read_index(folder: Path, ranks: int) -> dict[str, list[tuple[str, int]]]:
+    """name -> [(file, first row), ...] in row order; first row -1 for a whole tensor."""
+    parts: dict[str, list[tuple[str, int]]] = {}
+    for rank in range(ranks):
+        stem = f"rank-{rank:05d}"
+        try:
+            index = json.loads((folder / f"{stem}.json").read_text())["tensors"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder / stem}.json: {error}") from error
+        for name, (first, _) in index.items():
+            parts.setdefault(name, []).append((f"{stem}.safetensors", first))
+    return parts
+
+
+class _Files:
+    """Safetensors files of a checkpoint, opened when first used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.open_files = folder, {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open_files.clear()
+
+    def __getitem__(self, name: str):
+        if name not in self.open_files:
+            self.open_files[name] = safe_open(self.folder / name, framework="pt")
+        return self.open_files[name]
+
+
+def _compare(folder: Path, parts: dict, tensors: Tensors) -> None:
+    expected = {**{n: (t.shape[1:], r) for n, (t, r) in tensors.sharded.items()}}
+    expected |= {n: (t.shape[1:], t.shape[0] if t.ndim else 0) for n, t in tensors.whole.items()}
+    problems = [f"missing {n}" for n in sorted(expected.keys() - parts.keys())]
+    problems += [f"unexpected {n}" for n in sorted(parts.keys() - expected.keys())]
+    with _Files(folder) as files:
+        for name in sorted(expected.keys() & parts.keys()):
+            shapes = [files[file].get_slice(name).get_shape() for file, _ in parts[name]]
+            found = (tuple(shapes[0][1:]), sum(s[0] if s else 0 for s in shapes))
+            tail, rows = expected[name]
+            if found != (tuple(tail), rows):
+                problems.append(f"{name} is [{found[1]}, {found[0]}], expected [{rows}, {tuple(tail)}]")
+    if problems:
+        raise CheckpointError(f"{folder}: checkpoint of another model: " + "; ".join(problems))
+
+
+def _read_rows(files: _Files, name: str, parts: list, target: torch.Tensor, first: int, stop: int) -> None:
+    for file, start in parts:
+        piece = files[file].get_slice(name)
+        end = start + piece.get_shape()[0]
+        low, high = max(first, start), min(stop, end)
+        if low < high:
+            target[low - first : high - first].copy_(piece[low - start : high - start])
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    size = path.stat().st_size
+    value = 0
+    if size:
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+        value = crc32c(data)
+    return {"size": size, "crc32c": value}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

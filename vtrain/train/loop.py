@@ -1,0 +1,269 @@
+"""The one training loop. A task brings micro-batches and terms; the loop owns steps, normalisation, logs, checkpoints.
+
+One step: sum the host counts of all micro-batches over all ranks, then for every optimizer run its micro-batches, each
+term divided by its own global count, so that the gradient does not depend on how the step was cut into micro-batches
+and ranks; clip; update; end the step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from vtrain import config
+from vtrain.dist.comm import barrier, sum_over_ranks
+from vtrain.dist.fsdp import sync_gradients
+from vtrain.dist.mesh import World
+from vtrain.train import checkpoint
+from vtrain.train.meter import Meter
+from vtrain.train.optim import AdamW
+from vtrain.train.schedule import lr_factor
+from vtrain.train.sinks import open_sinks
+
+
+@dataclass
+class Work:
+    """This rank's share of one step.
+
+    batches: micro-batches, the same number on every rank. counts: per micro-batch {name: host count} of every term and
+    counted stat, the same names on every rank. units: real tokens (or images); capacity: with padding; flops: model
+    floating-point operations, 0 = unknown.
+    """
+
+    batches: list[Any]
+    counts: list[dict[str, float]]
+    units: float
+    capacity: float
+    flops: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A training job. All ranks call every method in the same order."""
+
+    kind: str  # "pretrain", "autoencoder"
+    unit: str  # what throughput counts: "tokens" or "images"
+    root: nn.Module  # model + objective, sharded
+    optimizers: dict[str, AdamW]  # stepped in this order, each over its own pass through the micro-batches
+
+    def next_work(self) -> Work:
+        """The next step's micro-batches, on the device."""
+
+    def terms(self, optimizer: str, batch: Any) -> tuple[dict, dict]:
+        """Forward of one micro-batch: (terms {name: (sum, weight)}, stats {name: detached sum})."""
+
+    def end_step(self, step: int) -> dict[str, torch.Tensor]:
+        """After the updates of a step; device scalars for the log."""
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """{source: {"loss": mean, ...}}; empty when there is nothing to evaluate on."""
+
+    def identity(self) -> dict:
+        """What a checkpoint of this task must agree with: model, vocabulary."""
+
+    def state(self) -> dict:
+        """JSON-able state that is not a tensor (the loader's cursor)."""
+
+    def load_state(self, state: dict) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Write the finished model (a collective)."""
+
+
+def run(task: Task, settings: Any, world: World) -> Path:
+    """Train to the last step, or resume and do so; returns the folder of the exported model, `out/final`."""
+    return _Run(task, settings, world).run()
+
+
+class _Run:
+    def __init__(self, task: Task, settings: Any, world: World) -> None:
+        self.task, self.settings, self.world = task, settings, world
+        self.out = Path(settings.run.out)
+        self.folder = self.out / "checkpoints"
+        self.steps = settings.train.steps
+        self.step = 0
+        self.best: dict = {}  # {"step": n, "loss": x}
+        self.evaluated = -1
+        self.term_weights: dict[str, float] = {}
+
+    def run(self) -> Path:
+        self._resume()
+        final = self.out / "final"
+        if self.step == self.steps and (final / "config.json").is_file():
+            self._say(f"{self.out}: already trained to step {self.step}; nothing to do")
+            return final
+        if self.world.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.toml").write_text(config.dump(self.settings))
+        barrier()
+        log = self.settings.log
+        names = tuple(log.sinks)
+        self.sinks = open_sinks(names, self.out, self.settings.run.name, self.step) if self.world.main else []
+        self.meter = Meter(self.world.device, self.task.unit, getattr(self.task, "peak_flops", None))
+        try:
+            self._train()
+            self._finish(final)
+        finally:
+            for sink in self.sinks:
+                sink.close()
+        return final
+
+    def _train(self) -> None:
+        every = self.settings
+        while self.step < self.steps:
+            norm = self._one_step()
+            last = self.step == self.steps
+            if last or self.step % every.log.every == 0:
+                self._log(norm)
+            improved = False
+            if every.eval.every and (last or self.step % every.eval.every == 0):
+                improved = self._evaluate()
+            due = every.checkpoint.every and self.step % every.checkpoint.every == 0
+            if last or due or (improved and every.checkpoint.best):
+                self._save()
+
+    def _one_step(self) -> torch.Tensor:
+        task, started = self.task, time.perf_counter()
+        work = task.next_work()
+        wait = time.perf_counter() - started
+        counts = _global_counts(work.counts)
+        optim = self.settings.optim
+        factor = lr_factor(
+            self.step, self.steps, kind=optim.schedule, warmup=optim.warmup, decay=optim.decay, floor=optim.min_lr
+        )
+        for name, optimizer in task.optimizers.items():
+            for i, batch in enumerate(work.batches):
+                sync_gradients(task.root, i == len(work.batches) - 1)
+                terms, stats = task.terms(name, batch)
+                loss = torch.zeros((), device=self.world.device)
+                for term, (total, weight) in terms.items():
+                    self.term_weights[term] = weight
+                    loss = loss + total * (weight / max(counts[term], 1e-12))
+                    self.meter.add(term, total)
+                loss.backward()
+                for stat, total in stats.items():
+                    self.meter.add(stat, total)
+            norm = optimizer.clip(optim.grad_clip)
+            optimizer.set_lr(optimizer.base_lr * factor)
+            optimizer.step()
+        self.last_stats = task.end_step(self.step)
+        self.step += 1
+        self.lr = next(iter(task.optimizers.values())).base_lr * factor
+        self.meter.step_done(counts, work.units, work.capacity, work.flops, wait)
+        return norm
+
+    def _log(self, norm: torch.Tensor) -> None:
+        values = self.meter.record(self.term_weights)
+        record = {"kind": "train", "step": self.step, "steps": self.steps, "unit": self.task.unit, **values}
+        record |= {"lr": self.lr, "grad_norm": float(norm), "eta_s": values["step_s"] * (self.steps - self.step)}
+        record |= {f"stat/{name}": float(value) for name, value in self.last_stats.items()}
+        self._write(record)
+
+    def _evaluate(self) -> bool:
+        self.task.root.eval()
+        with torch.no_grad():
+            results = self.task.evaluate()
+        self.task.root.train()
+        self.evaluated = self.step
+        if not results:
+            return False
+        loss = sum(r["loss"] for r in results.values()) / len(results)
+        improved = loss < self.best.get("loss", float("inf"))
+        if improved:
+            self.best = {"step": self.step, "loss": loss}
+        record = {"kind": "eval", "step": self.step, "steps": self.steps, "best": improved}
+        record |= {f"eval/{source}/{name}": v for source, result in results.items() for name, v in result.items()}
+        self._write(record)
+        self.meter.started = time.perf_counter()  # an evaluation is not training time
+        return improved
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "identity": self.task.identity(),
+            "task": self.task.state(),
+            "best": self.best,
+            self.task.unit: self.meter.total_units,
+        }
+        target = checkpoint.step_folder(self.folder, self.step)
+        checkpoint.save(target, self._tensors(), state, config.dump(self.settings), self.world)
+        if self.world.main:
+            keep = self.settings.checkpoint
+            checkpoint.prune(self.folder, keep.keep, {self.best["step"]} if keep.best and self.best else set())
+        barrier()
+
+    def _tensors(self) -> checkpoint.Tensors:
+        tensors = checkpoint.module_tensors(self.task.root, "root")
+        for name, optimizer in self.task.optimizers.items():
+            tensors = tensors.joined(optimizer.tensors(f"optim.{name}"))
+        return tensors
+
+    def _resume(self) -> None:
+        choice = self.settings.checkpoint.resume
+        steps = checkpoint.list_steps(self.folder)
+        if choice == "never" and steps:
+            raise ValueError(
+                f"{self.folder}: has a checkpoint at step {steps[-1]}, and checkpoint.resume is never; "
+                "choose another run.out, or checkpoint.resume=auto"
+            )
+        if choice == "never" or (choice == "auto" and not steps):
+            return
+        source = checkpoint.step_folder(self.folder, steps[-1]) if choice == "auto" else Path(choice)
+        self._restore(source)
+        self._say(f"resumed from {source} at step {self.step}/{self.steps}")
+
+    def _restore(self, source: Path) -> None:
+        state = checkpoint.read_state(source)
+        _check_identity(source, state["identity"], self.task.identity())
+        if state["step"] > self.steps:
+            raise ValueError(f"{source}: is at step {state['step']}, past train.steps = {self.steps}")
+        checkpoint.load(source, self._tensors(), self.world)
+        self.task.load_state(state["task"])
+        self.step, self.best = state["step"], state["best"]
+
+    def _finish(self, final: Path) -> None:
+        """Export the last weights, or the best ones of the evaluations."""
+        if self.settings.checkpoint.export == "best" and self.best and self.best["step"] != self.step:
+            source = checkpoint.step_folder(self.folder, self.best["step"])
+            checkpoint.load(source, self._tensors(), self.world)
+            self._say(f"exporting the best checkpoint: step {self.best['step']}, eval loss {self.best['loss']:.4f}")
+        self.task.export(final)
+        if self.world.main:
+            self._plot()
+        self._say(f"done: {final}")
+
+    def _plot(self) -> None:
+        try:
+            from vtrain.train.curve import plot_losses
+        except ImportError:
+            self._say("no loss curve: matplotlib is not installed (pip install 'vtrain[plots]')")
+            return
+        plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
+
+    def _write(self, record: dict) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _say(self, text: str) -> None:
+        if self.world.main:
+            print(text, flush=True)
+
+
+def _global_counts(counts: list[dict[str, float]]) -> dict[str, float]:
+    names = sorted(counts[0])
+    sums = sum_over_ranks([sum(c[n] for c in counts) for n in names])
+    return dict(zip(names, sums))
+
+
+def _check_identity(source: Path, found: dict, expected: dict) -> None:
+    names = sorted(found.keys() | expected.keys())
+    differences = [
+        f"{n}: checkpoint {found.get(n)}, this run {expected.get(n)}" for n in names if found.get(n) != expected.get(n)
+    ]
+    if differences:
+        raise checkpoint.CheckpointError(f"{source}: checkpoint of another run: " + "; ".join(differences))

@@ -1,0 +1,1 @@
+"""Training jobs for the one loop (`vtrain.train.loop.Task`)."""

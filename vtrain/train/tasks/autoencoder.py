@@ -1,0 +1,147 @@
+"""Training of image tokenizers: pixels in, reconstruction and commitment out, a codebook that follows the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from vtrain.data.images import ImageBatch, ImageLoader
+from vtrain.data.sources.image_folder import ImageFolder, Record
+from vtrain.dist.comm import sum_over_ranks
+from vtrain.dist.fsdp import full, shard
+from vtrain.dist.mesh import World
+from vtrain.objectives.autoencoder import AutoencoderObjective
+from vtrain.settings import AutoencoderSettings, Images
+from vtrain.train.loop import Work
+from vtrain.train.optim import AdamW
+from vtrain.train.tasks.root import Root, compute_dtype
+from vtrain.visual.preprocess import center_crop_resize, load_image
+from vtrain.visual.tokenizer import save_image_tokenizer
+from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
+
+
+class Plan:
+    """What a configuration resolves to: the images and the network's shape."""
+
+    def __init__(self, settings: AutoencoderSettings) -> None:
+        self.settings = settings
+        self.config = AutoencoderConfig(**asdict(settings.model))
+        self.records = list(ImageFolder(settings.input.images, settings.input.captions))
+        held_out = settings.eval
+        self.eval_records = list(ImageFolder(held_out.images, held_out.captions)) if held_out.captions else []
+
+    def loader(self, records: list[Record], rank: int = 0, world: int = 1) -> ImageLoader:
+        train, source = self.settings.train, self.settings.input
+        return ImageLoader(
+            records,
+            lambda record: _decode(record, self.config.resolution, source),
+            resolution=self.config.resolution,
+            images_per_step=train.images_per_step,
+            micro_batch=train.micro_batch,
+            seed=self.settings.run.seed,
+            rank=rank,
+            world=world,
+            threads=source.threads,
+        )
+
+    def describe(self) -> str:
+        c, train = self.config, self.settings.train
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Autoencoder(c).parameters())
+        side = c.resolution // c.downscale
+        return "\n".join(
+            [
+                f"model: {c.quantizer} autoencoder, {c.resolution}x{c.resolution} pixels -> {side}x{side} codes of "
+                f"{c.num_codes}, {parameters / 1e6:.2f} M parameters",
+                f"step: {train.images_per_step} images; {train.steps} steps, "
+                f"{train.steps * train.images_per_step / len(self.records):.1f} passes over {len(self.records)} images",
+                f"held out: {len(self.eval_records)} images",
+            ]
+        )
+
+
+def _decode(record: Record, resolution: int, source: Images):
+    return center_crop_resize(load_image(record.path), resolution, source.filter)
+
+
+class AutoencoderTask:
+    """`vtrain.train.loop.Task` for an image tokenizer."""
+
+    kind = "autoencoder"
+    unit = "images"
+
+    def __init__(self, settings: AutoencoderSettings, world: World, plan: Plan | None = None) -> None:
+        self.settings, self.world = settings, world
+        self.plan = plan or Plan(settings)
+        self.dtype = compute_dtype(settings.parallel.dtype, world)
+        self.loader = self.plan.loader(self.plan.records, world.rank, world.size)
+        self.step = 0
+        self.steps: Iterator | None = None
+        torch.manual_seed(settings.run.seed)
+        model = Autoencoder(self.plan.config, seed=settings.run.seed).to(world.device)
+        loss = settings.loss
+        self.root = Root(model, AutoencoderObjective(l1=loss.l1, l2=loss.l2, commitment=loss.commitment))
+        shard(self.root, (), world, self.dtype)
+        o = settings.optim
+        adamw = AdamW(self.root.named_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self.optimizers = {"adamw": adamw}
+
+    @property
+    def model(self) -> Autoencoder:
+        return self.root.model
+
+    def next_work(self) -> Work:
+        if self.steps is None:
+            self.steps = self.loader.steps(self.step)
+        batches = [b.to(self.world.device, self.dtype) for b in next(self.steps)]
+        self.step += 1
+        return Work(
+            batches=batches,
+            counts=[_counts(b) for b in batches],
+            units=sum(b.count for b in batches),
+            capacity=sum(len(b.weights) for b in batches),
+        )
+
+    def terms(self, optimizer: str, batch: ImageBatch) -> tuple[dict, dict]:
+        return self.root(batch.images, batch.keys, batch.weights)
+
+    def end_step(self, step: int) -> dict[str, torch.Tensor]:
+        return self.model.end_step(step)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Means over the held-out images: the loss, its terms and the pixel errors."""
+        if not self.plan.eval_records:
+            return {}
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for batch in self.plan.loader(self.plan.eval_records, self.world.rank, self.world.size).sequential():
+            batch = batch.to(self.world.device, self.dtype)
+            terms, stats = self.root(batch.images, batch.keys, batch.weights)
+            parts = {"loss": sum(total * weight for total, weight in terms.values()), **stats}
+            for name, total in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(total)
+                counts[name] = counts.get(name, 0.0) + batch.count
+        total = sum_over_ranks([*sums.values(), *counts.values()])
+        return {"held out": {n: s / c for n, s, c in zip(sums, total, total[len(sums) :])}}
+
+    def identity(self) -> dict:
+        return {"task": self.kind, "model": asdict(self.plan.config)}
+
+    def state(self) -> dict:
+        return {"step": self.step}
+
+    def load_state(self, state: dict) -> None:
+        self.step, self.steps = state["step"], None
+
+    def export(self, folder: Path) -> None:
+        """An image tokenizer's folder (`vtrain.visual.load_image_tokenizer`)."""
+        tensors = {name: full(tensor) for name, tensor in self.model.weights().items()}
+        if self.world.main:
+            save_image_tokenizer(folder, self.plan.config, tensors)
+
+
+def _counts(batch: ImageBatch) -> dict[str, float]:
+    return dict.fromkeys(("reconstruction", "commitment", "mse", "l1"), float(batch.count))

@@ -1,0 +1,219 @@
+"""Pretraining: packed documents of token shards, a decoder, next-token cross-entropy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vtrain.batch import PackedBatch
+from vtrain.data.compose import Composer, make_composer
+from vtrain.data.loader import Loader, Source, check_sources, sequential_batches
+from vtrain.data.reader import Dataset
+from vtrain.dist.comm import sum_over_ranks
+from vtrain.dist.fsdp import full, shard
+from vtrain.dist.mesh import World
+from vtrain.models.decoder import Decoder, DecoderConfig
+from vtrain.models.flops import peak_flops, train_flops
+from vtrain.models.hf import export_hf, import_hf, read_hf_config
+from vtrain.models.presets import from_hf_config, preset
+from vtrain.objectives.next_token import NextToken
+from vtrain.settings import PretrainSettings
+from vtrain.train.freeze import apply_trainable
+from vtrain.train.loop import Work
+from vtrain.train.optim import AdamW
+from vtrain.train.tasks.root import Root, compute_dtype, fill
+from vtrain.vocab import Vocabulary
+
+ASSETS = ("text_tokenizer", "image_tokenizer")  # folders of a dataset that its models need to be used
+
+
+class Plan:
+    """What a configuration resolves to: datasets, vocabulary, composer and the model's shape. No process group."""
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        self.settings = settings
+        data = settings.data
+        self.sources = [Source(Dataset(s.path), s.weight, s.name, s.max_epochs or None) for s in data.sources]
+        self.vocab: Vocabulary = self.sources[0].dataset.schema.vocab
+        self.eval_sources = [Source(Dataset(s.path), 1.0, s.name) for s in settings.eval.sources]
+        check_sources([*self.sources, *self.eval_sources], self.vocab)
+        self.config = _decoder_config(settings)
+
+    @property
+    def bins_per_step(self) -> int:
+        return self.settings.train.tokens_per_step // self.settings.data.pack_tokens
+
+    def composer(self, *, training: bool = True) -> Composer:
+        """Evaluation keeps every caption."""
+        data = self.settings.data
+        options = {"seed": self.settings.run.seed}
+        if data.composer == "text_to_image":
+            options |= {
+                "drop_caption": data.drop_caption if training else 0.0,
+                "text_weight": data.text_weight,
+                "max_caption_tokens": data.max_caption_tokens,
+            }
+        return make_composer(data.composer, **options)
+
+    def loader(self, rank: int = 0, world: int = 1, prepare=None) -> Loader:
+        data = self.settings.data
+        return Loader(
+            self.sources,
+            self.composer(),
+            self.vocab,
+            pack_tokens=data.pack_tokens,
+            bins_per_step=self.bins_per_step,
+            max_documents=data.max_documents or None,
+            seed=self.settings.run.seed,
+            rank=rank,
+            world=world,
+            overlong=data.overlong,
+            prefetch=data.prefetch,
+            linear_cost=6 * self.config.hidden,
+            prepare=prepare,
+        )
+
+    def describe(self) -> str:
+        """The plan in a few lines, for --dry-run and the start of a run."""
+        c, train = self.config, self.settings.train
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Decoder(c, self.vocab).parameters())
+        lines = [
+            f"model: {c.layers} layers, hidden {c.hidden}, {c.heads} heads ({c.kv_heads} kv), ffn {c.ffn}, "
+            f"{parameters / 1e6:.2f} M parameters"
+            + (f", weights from {self.settings.model.init}" if self.settings.model.init else ""),
+            "vocabulary: " + ", ".join(f"{r.name} {r.base}..{r.end - 1}" for r in self.vocab.ranges),
+            f"step: {self.bins_per_step} packed batches of {self.settings.data.pack_tokens} tokens; "
+            f"{train.steps} steps, {train.steps * train.tokens_per_step / 1e6:.1f} M tokens",
+        ]
+        for kind, sources in (("train", self.sources), ("eval", self.eval_sources)):
+            lines += [f"{kind} source {s.name}: {len(s.dataset)} samples, weight {s.weight:g}" for s in sources]
+        return "\n".join(lines)
+
+
+class PretrainTask:
+    """`vtrain.train.loop.Task` for a decoder on packed batches."""
+
+    kind = "pretrain"
+    unit = "tokens"
+
+    def __init__(self, settings: PretrainSettings, world: World, plan: Plan | None = None) -> None:
+        self.settings, self.world = settings, world
+        self.plan = plan or Plan(settings)
+        self.vocab, self.config = self.plan.vocab, self.plan.config
+        on_gpu = world.device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device)) if on_gpu else None
+        self.loader = self.plan.loader(world.rank, world.size, PackedBatch.pin_memory if on_gpu else None)
+        self.steps: Iterator | None = None
+        self.root = self._build()
+        o = settings.optim
+        adamw = AdamW(self.root.named_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self.optimizers = {"adamw": adamw}
+
+    def _build(self) -> Root:
+        with torch.device("meta"):
+            model = Decoder(self.config, self.vocab)
+        apply_trainable(model, self.settings.train.trainable)
+        root = Root(model, NextToken())
+        shard(root, model.layers, self.world, compute_dtype(self.settings.parallel.dtype, self.world))
+        root.to_empty(device=self.world.device)
+        seed = self.settings.run.seed
+        if self.settings.model.init:
+            fill(model, import_hf(self.settings.model.init, self.config, self.vocab, seed=seed), self.world)
+        else:
+            model.init_weights(seed)
+        return root
+
+    @property
+    def model(self) -> Decoder:
+        return self.root.model
+
+    def next_work(self) -> Work:
+        if self.steps is None:
+            self.steps = iter(self.loader)
+        step = next(self.steps, None)
+        if step is None:
+            raise ValueError("the data ended: every source has reached its data.sources.N.max_epochs")
+        return Work(
+            batches=[b.to(self.world.device) for b in step.batches],
+            counts=[b.counts for b in step.batches],
+            units=sum(b.tokens for b in step.batches),
+            capacity=sum(b.ids.numel() for b in step.batches),
+            flops=sum(self._flops(b) for b in step.batches) if self.peak_flops else 0.0,
+        )
+
+    def _flops(self, batch: PackedBatch) -> float:
+        return train_flops(self.config, self.vocab, batch.lengths, batch.scored)
+
+    def terms(self, optimizer: str, batch: PackedBatch) -> tuple[dict, dict]:
+        return self.root(batch)
+
+    def end_step(self, step: int) -> dict[str, torch.Tensor]:
+        return {}
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Mean loss per source, in all and per vocabulary range; every sample counts once over all ranks."""
+        return {s.name: self._evaluate_source(s.dataset) for s in self.plan.eval_sources}
+
+    def _evaluate_source(self, dataset: Dataset) -> dict[str, float]:
+        data, world = self.settings.data, self.world
+        batches = sequential_batches(
+            dataset,
+            self.plan.composer(training=False),
+            self.vocab,
+            pack_tokens=data.pack_tokens,
+            max_documents=data.max_documents or None,
+            rank=world.rank,
+            world=world.size,
+            overlong=data.overlong,
+        )
+        limit = -(-self.settings.eval.batches // world.size) or None
+        names = ("next_token", *self.vocab.names)
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        counts = np.zeros(len(names))
+        for batch in islice(batches, limit):
+            terms, stats = self.root(batch.to(world.device))
+            found = {"next_token": terms["next_token"][0], **stats}
+            sums += torch.stack([found[n] for n in names]).double().cpu()
+            counts += [batch.counts[n] for n in names]
+        total = sum_over_ranks([*sums.tolist(), *counts])
+        means = {n: s / c for n, s, c in zip(names, total, total[len(names) :]) if c > 0}
+        return {"loss" if n == "next_token" else n: value for n, value in means.items()}
+
+    def identity(self) -> dict:
+        return {"task": self.kind, "model": asdict(self.config), "vocabulary": self.vocab.to_json()}
+
+    def state(self) -> dict:
+        return {"loader": self.loader.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.steps = None
+
+    def export(self, folder: Path) -> None:
+        """A Hugging Face style folder with the vocabulary and the tokenizers of the first source beside it."""
+        dataset = self.plan.sources[0].dataset
+        tensors = ((name, full(p)) for name, p in self.model.named_parameters())
+        if not self.world.main:
+            for _ in tensors:  # the gathers are collectives
+                pass
+            return
+        export_hf(tensors, self.config, self.vocab, folder, specials=dataset.schema.specials)
+        for asset in ASSETS:
+            source = Path(dataset.path) / asset
+            if source.is_dir():
+                shutil.copytree(source, folder / asset, dirs_exist_ok=True)
+
+
+def _decoder_config(settings: PretrainSettings) -> DecoderConfig:
+    model = settings.model
+    if model.init:
+        return from_hf_config(read_hf_config(model.init), where=str(Path(model.init) / "config.json"))
+    overrides = {k: v for k, v in asdict(model).items() if k not in ("preset", "init") and v not in (0, None)}
+    return preset(model.preset, **overrides)

@@ -1,0 +1,66 @@
+"""From a picture file to what an image tokenizer takes, and back: uint8 [H,W,3] <-> float32 [3,H,W] in [-1,1]."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """The whole picture as RGB: alpha is dropped, not blended; grey is repeated; no EXIF rotation.
+
+    ValueError names the file when it is missing, empty, truncated, broken, or holds more than 8 bits per channel.
+    """
+    try:
+        if os.path.getsize(path) == 0:
+            raise ValueError("the file is empty")
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip these to white
+                raise ValueError(f"pixel mode {image.mode}, expected 8 bits per channel")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image file") from None
+    except Exception as error:  # each of PIL's decoders raises what it likes on broken bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot read the image: {reason}") from error
+
+
+def center_crop_resize(image: Image.Image, resolution: int, filter: str = "bicubic") -> np.ndarray:
+    """uint8 [resolution, resolution, 3]: the shorter side is brought to `resolution`, then the middle is cut out.
+
+    Larger pictures are reduced with Lanczos; `filter` (nearest, bicubic, lanczos) enlarges smaller ones;
+    pictures whose shorter side already fits keep their pixels.
+    """
+    if filter not in FILTERS:
+        raise ValueError(f"resize filter {filter!r}; expected one of {', '.join(FILTERS)}")
+    image = image.convert("RGB")
+    shorter = min(image.size)
+    if shorter != resolution:
+        size = tuple(resolution if side == shorter else resolution * side // shorter for side in image.size)
+        image = image.resize(size, FILTERS[filter] if shorter < resolution else Image.Resampling.LANCZOS)
+    width, height = image.size
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
+    if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
+        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; expected uint8 [..., H, W, 3]")
+    channels_first = np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
+    return torch.from_numpy(channels_first).float() / 127.5 - 1.0
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """float [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]; values outside are clipped."""
+    levels = ((images.detach().float() + 1.0) * 127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
