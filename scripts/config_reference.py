@@ -21,7 +21,8 @@ A command takes a TOML file or the name of a shipped recipe, then keys to change
     torchrun -m vtrain.pretrain --cfg quickstart/ar optim.lr=1e-4 data.sources.0.weight=2 'train.trainable=["head.*"]'
 
 Values are TOML; a string needs no quotes. `--dry-run` shows what would be done. A key or value that does not exist is
-an error that names the nearest one. The resolved settings are written into the folder of the run."""
+an error that names the nearest one. The resolved settings are written into the folder of the run.
+A mistake ends a command with one line and exit code 2; VTRAIN_TRACEBACK=1 shows where it was noticed."""
 
 
 def reference() -> str:

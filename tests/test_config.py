@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -118,6 +119,7 @@ def test_an_override_may_mend_a_value_of_the_file(tmp_path):
         ("body.spots = 1.0", "body.spots is 1.0; expected list of float >= 0"),
         ("body.spots = [1, -1]", "body.spots.1 is -1.0; expected float >= 0"),
         ("body.spots = [nan]", "body.spots.0 is nan; expected float >= 0"),
+        ("body.spots = [inf]", "body.spots.0 is inf; expected float >= 0"),
         (f"body.spots = [{10**400}]", "expected float >= 0"),
         ("body.spots = ['a']", 'body.spots.0 is "a"; expected float >= 0'),
         ("body.span = [1]", "body.span is [1]; expected list of 2 int"),
@@ -127,6 +129,7 @@ def test_an_override_may_mend_a_value_of_the_file(tmp_path):
         ("legs = [1]", "legs.0 is 1; expected a table of keys"),
         ("legs = {length = 1}", "expected list of tables"),
         ("legs = [{}]", "legs.0.length is missing; expected float > 0: in metres"),
+        ("legs = [{length = true}]", "legs.0.length is true; expected float > 0"),
         ("legs = [{length = 0}]", "legs.0.length is 0.0; expected float > 0"),
         ("legs = [{length = 1, lenght = 2}]", "unknown key legs.0.lenght; did you mean legs.0.length?"),
     ],
@@ -270,11 +273,11 @@ def raise_user_error(settings, dry_run):
 
 
 def raise_missing_file(settings, dry_run):
-    open("no such file")
+    Path("no such file").read_bytes()
 
 
 def slip(settings, dry_run):
-    int("x")
+    Vocabulary.from_json([["text", 1, 2]])  # a ValueError of Python's, in our code
 
 
 def test_user_errors_exit_with_2_and_slips_keep_their_traceback(capsys, monkeypatch):
@@ -285,8 +288,10 @@ def test_user_errors_exit_with_2_and_slips_keep_their_traceback(capsys, monkeypa
     assert len(lines) == 2
     assert lines[0].startswith("error: vocabulary range 'text'")
     assert "no such file" in lines[1]
-    with pytest.raises(ValueError, match="invalid literal"):
+    with pytest.raises(ValueError, match="dictionary update sequence"):
         shell(slip, "name=x")
+    with pytest.raises(ValueError, match="zero-size"):
+        shell(lambda settings, dry_run: np.zeros(0).max(), "name=x")
     monkeypatch.setenv("VTRAIN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="vocabulary range"):
         shell(raise_user_error, "name=x")
@@ -434,6 +439,11 @@ def test_real_settings_dump_and_load(command):
     assert config.build(COMMANDS[command], tomllib.loads(config.dump(settings))) == settings
 
 
+def test_a_required_list_must_not_be_empty():
+    with pytest.raises(ConfigError, match=r"data.sources is \[\]; expected non-empty list of tables"):
+        config.load(COMMANDS["pretrain"], None, ["data.sources=[]"])
+
+
 @pytest.mark.parametrize(
     ("command", "overrides", "expected"),
     [
@@ -446,6 +456,8 @@ def test_real_settings_dump_and_load(command):
         ("pretrain", ["sample.every=1"], "sample: every is 1 and prompts is empty"),
         ("autoencoder", ["eval.every=1"], "eval: every is 1; expected images and captions"),
         ("autoencoder", ["loss.l2=0"], "loss: l1 and l2 are both 0"),
+        ("pretrain", ["data.sources.0.path=a/x", "data.sources.1.path=b/x"], "data: sources: 2 are called x"),
+        ("pretrain", ["eval.sources.0.path=a/x", "eval.sources.1.path=b/", "eval.sources.1.name=x"], "2 are called x"),
         ("sample", ["prompts.file=x"], "prompts: set one of file and texts; both are set"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vtrain.batch import IGNORE, PackedBatch
 from vtrain.data.reader import Dataset
@@ -49,7 +48,7 @@ def _rows(batch: PackedBatch, start: int, stop: int, name_of) -> list[str]:
 
 
 def _piece_names(dataset: Dataset):
-    folder = Path(dataset.path) / "text_tokenizer"
+    folder = dataset.path / "text_tokenizer"
     specials = {number: name for name, number in dataset.schema.specials.items()}
     tokenizer = load_text_tokenizer(folder, specials=tuple(dataset.schema.specials)) if folder.is_dir() else None
     vocab: Vocabulary = dataset.schema.vocab

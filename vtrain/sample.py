@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vtrain.config import run_command
 from vtrain.dist.comm import barrier
 from vtrain.dist.mesh import set_threads, world
-from vtrain.generate.engine import generate
+from vtrain.generate.engine import check_prompts, generate
 from vtrain.generate.grid import MAX_COLUMNS, MAX_ROWS, draw_grid
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
 from vtrain.generate.sampler import Sampling
@@ -135,7 +135,9 @@ def sample_pictures(
     even the rounding of a matrix product depends on the number of ranks.
     """
     out = Path(out)
+    steps = model.grid[0] * model.grid[1]
     prompts, uncond = text_to_image_prompts([e["prompt"] for e in entries], model.text, model.decoder.vocab)
+    check_prompts(model.decoder, prompts, steps)  # all of them, before anything is written
     if rank == 0:
         for i, entry in enumerate(entries):
             _write_atomically(
@@ -143,7 +145,6 @@ def sample_pictures(
             )
     jobs = [(i, k) for i in range(len(entries)) for k in range(per_prompt)]
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)][rank::ranks]
-    steps = model.grid[0] * model.grid[1]
     total = steps * sum(map(len, batches))
     with tqdm(total=total, unit="code", unit_scale=True, desc="sampling", disable=rank != 0) as bar:
         for batch in batches:

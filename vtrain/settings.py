@@ -6,6 +6,7 @@ docs/config.md is generated from this file: `python scripts/config_reference.py`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vtrain.config import REQUIRED, ConfigError, key
 
@@ -88,6 +89,9 @@ class Data:
     overlong: str = key("error", "a sample longer than pack_tokens", choices=("error", "drop", "crop"))
     prefetch: int = key(2, "steps prepared ahead", min=0)
 
+    def __post_init__(self) -> None:
+        _check_names(self.sources)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSource:
@@ -108,6 +112,14 @@ class Eval:
     def __post_init__(self) -> None:
         if self.every and not self.sources:
             raise ConfigError(f"every is {self.every} and sources is empty; expected [[eval.sources]]")
+        _check_names(self.sources)
+
+
+def _check_names(sources: tuple[Source | EvalSource, ...]) -> None:
+    names = [source.name or Path(source.path).name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"sources: {names.count(name)} are called {name}; give each a name of its own")
 
 
 @dataclass(frozen=True, kw_only=True)

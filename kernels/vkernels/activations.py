@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vkernels import _host
+from vkernels.host import flat_rows, to_numpy
 from vkernels.registry import (
     Backend,
     accumulate_dtype,
@@ -12,6 +14,7 @@ from vkernels.registry import (
     define,
     define_autograd,
     define_backward,
+    on_cpu,
 )
 
 
@@ -36,6 +39,23 @@ def _backward(dy, gate, up):
     return dgate.to(gate.dtype).contiguous(), dup.contiguous()
 
 
+def _cpu_forward(gate, up):
+    acc = accumulate_dtype(gate.dtype)
+    g, u = flat_rows(gate.to(acc)), flat_rows(up.to(acc))
+    y = torch.empty(g.shape, dtype=acc)
+    _host.swiglu_forward(to_numpy(g), to_numpy(u), to_numpy(y), torch.get_num_threads())
+    return y.to(gate.dtype).view(gate.shape)
+
+
+def _cpu_backward(dy, gate, up):
+    acc = accumulate_dtype(gate.dtype)
+    g, u = flat_rows(gate.to(acc)), flat_rows(up.to(acc))
+    dgate, dup = torch.empty(g.shape, dtype=acc), torch.empty(g.shape, dtype=acc)
+    arrays = dy.to(acc).contiguous().view(g.shape), g, u, dgate, dup
+    _host.swiglu_backward(*map(to_numpy, arrays), torch.get_num_threads())
+    return dgate.to(gate.dtype).view(gate.shape), dup.to(up.dtype).view(up.shape)
+
+
 def _fake_forward(gate, up):
     return gate.new_empty(gate.shape)
 
@@ -48,6 +68,7 @@ _op = define(
     "swiglu",
     "(Tensor gate, Tensor up) -> Tensor",
     fake=_fake_forward,
+    cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
     torch=Backend(_forward, _backward, anywhere),
 )
 _backward_op = define_backward("swiglu", "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)", fake=_fake_backward)

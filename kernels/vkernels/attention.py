@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from vkernels import _host
+from vkernels.host import dense_heads, to_numpy
 from vkernels.registry import (
     Backend,
     accumulate_dtype,
@@ -17,6 +19,7 @@ from vkernels.registry import (
     define,
     define_autograd,
     define_backward,
+    on_cpu,
 )
 
 _CHUNK_SCORES = 16 << 20  # scores of one chunk of queries in the masked path: 64 MB in float32
@@ -132,6 +135,36 @@ def _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_
     return dq, dk.transpose(0, 1).contiguous().to(k.dtype), dv.transpose(0, 1).contiguous().to(v.dtype)
 
 
+def _int32(x):
+    return None if x is None else to_numpy(x.to(torch.int32).contiguous())
+
+
+def _operands(q, k, v):
+    """q, k, v in the accumulation dtype; their rows may stay apart, as slices of a merged projection are."""
+    acc = accumulate_dtype(q.dtype)
+    return [dense_heads(x.to(acc)) for x in (q, k, v)]
+
+
+def _cpu_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+    q_, k_, v_ = _operands(q, k, v)
+    out = torch.empty(q.shape, dtype=q_.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=q_.dtype)
+    tables = _int32(cu_q), _int32(cu_k), _int32(kv_lo), _int32(kv_hi), scale
+    arrays = [to_numpy(x) for x in (q_, k_, v_)]
+    _host.attention_forward(*arrays, *tables, to_numpy(out), to_numpy(lse), torch.get_num_threads())
+    return out.to(q.dtype), lse
+
+
+def _cpu_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+    q_, k_, v_ = _operands(q, k, v)
+    acc = q_.dtype
+    grads = [torch.empty(x.shape, dtype=acc) for x in (q, k, v)]
+    arrays = [to_numpy(x) for x in (do.to(acc).contiguous(), q_, k_, v_, out.to(acc), lse)]
+    tables = _int32(cu_q), _int32(cu_k), _int32(kv_lo), _int32(kv_hi), scale
+    _host.attention_backward(*arrays, *tables, *map(to_numpy, grads), torch.get_num_threads())
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (q, k, v)))
+
+
 def _fake_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=accumulate_dtype(q.dtype))
 
@@ -145,6 +178,7 @@ _op = define(
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
     " Tensor? kv_lo, Tensor? kv_hi, float scale) -> (Tensor, Tensor)",
     fake=_fake_forward,
+    cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
     torch=Backend(_masked_forward, _masked_backward, anywhere),
 )
 _backward_op = define_backward(

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from vkernels.registry import Backend, anywhere, below_autograd, define, define_autograd, define_backward
+from vkernels import _host
+from vkernels.host import to_numpy
+from vkernels.registry import (
+    Backend,
+    accumulate_dtype,
+    anywhere,
+    below_autograd,
+    define,
+    define_autograd,
+    define_backward,
+    on_cpu,
+)
 
 
 def embed(
@@ -37,15 +48,32 @@ def _backward(dy, ids, bases, sizes, rows):
         local = ids - base
         # One more row takes what is outside the range: no selection whose shape depends on the data.
         local = torch.where((local >= 0) & (local < size), local, n)
-        grad = torch.zeros(n + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+        grad = torch.zeros(n + 1, dy.shape[1], dtype=accumulate_dtype(dy.dtype), device=dy.device)
         grads.append(grad.index_add_(0, local, dy.to(grad.dtype))[:n].to(dy.dtype, copy=True))
     return grads
+
+
+def _cpu_forward(ids, tables, bases, sizes):
+    out = torch.empty(ids.shape[0], tables[0].shape[1], dtype=tables[0].dtype)
+    as_bytes = [to_numpy(t.detach().contiguous().view(torch.uint8)) for t in tables]
+    _host.gather_rows(to_numpy(ids.long().contiguous()), as_bytes, bases, sizes, to_numpy(out.view(torch.uint8)))
+    return out
+
+
+def _cpu_backward(dy, ids, bases, sizes, rows):
+    acc = accumulate_dtype(dy.dtype)
+    dy_, ids_ = to_numpy(dy.to(acc).contiguous()), to_numpy(ids.long().contiguous())
+    grads = [torch.zeros(n, dy.shape[1], dtype=acc) for n in rows]
+    for grad, base, size in zip(grads, bases, sizes):
+        _host.add_rows(dy_, ids_, base, size, to_numpy(grad), torch.get_num_threads())
+    return [g.to(dy.dtype) for g in grads]
 
 
 _op = define(
     "embed",
     "(Tensor ids, Tensor[] tables, int[] bases, int[] sizes) -> Tensor",
     fake=lambda ids, tables, bases, sizes: tables[0].new_empty(ids.shape[0], tables[0].shape[1]),
+    cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
     torch=Backend(_forward, _backward, anywhere),
 )
 _backward_op = define_backward(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vkernels import _host
+from vkernels.host import flat_rows, to_numpy
 from vkernels.registry import (
     Backend,
     accumulate_dtype,
@@ -12,6 +14,7 @@ from vkernels.registry import (
     define,
     define_autograd,
     define_backward,
+    on_cpu,
 )
 
 
@@ -37,6 +40,24 @@ def _backward(dy, x, weight, rstd):
     return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype)
 
 
+def _cpu_forward(x, weight, eps):
+    acc = accumulate_dtype(x.dtype)
+    rows = flat_rows(x.to(acc))
+    y, rstd = torch.empty(rows.shape, dtype=acc), torch.empty(rows.shape[0], dtype=acc)
+    w = weight.to(acc).contiguous()
+    _host.rms_norm_forward(to_numpy(rows), to_numpy(w), eps, to_numpy(y), to_numpy(rstd), torch.get_num_threads())
+    return y.to(x.dtype).view(x.shape), rstd.view(x.shape[:-1])
+
+
+def _cpu_backward(dy, x, weight, rstd):
+    acc = accumulate_dtype(x.dtype)
+    rows, w = flat_rows(x.to(acc)), weight.to(acc).contiguous()
+    dx, dweight = torch.empty(rows.shape, dtype=acc), torch.empty(w.shape, dtype=acc)
+    arrays = dy.to(acc).contiguous().view(rows.shape), rows, w, rstd.view(-1), dx, dweight
+    _host.rms_norm_backward(*map(to_numpy, arrays), torch.get_num_threads())
+    return dx.to(x.dtype).view(x.shape), dweight.to(weight.dtype)
+
+
 def _fake_forward(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
 
@@ -49,6 +70,7 @@ _op = define(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     fake=_fake_forward,
+    cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
     torch=Backend(_forward, _backward, anywhere),
 )
 _backward_op = define_backward(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.registry import Backend, accumulate_dtype, anywhere, below_autograd, define, define_autograd
+from vkernels import _host
+from vkernels.host import dense_heads, to_numpy
+from vkernels.registry import Backend, accumulate_dtype, anywhere, below_autograd, define, define_autograd, on_cpu
 
 
 def rope(
@@ -32,6 +34,18 @@ def _forward(q, k, cos, sin, inverse):
     return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
 
 
+def _cpu_rotate(x, cos, sin, inverse):
+    acc = accumulate_dtype(x.dtype)
+    y = torch.empty(x.shape, dtype=acc)
+    tables = to_numpy(cos.to(acc).contiguous()), to_numpy(sin.to(acc).contiguous())
+    _host.rope(to_numpy(dense_heads(x.to(acc))), *tables, inverse, to_numpy(y), torch.get_num_threads())
+    return y.to(x.dtype)
+
+
+def _cpu_forward(q, k, cos, sin, inverse):
+    return _cpu_rotate(q, cos, sin, inverse), _cpu_rotate(k, cos, sin, inverse)
+
+
 def _fake(q, k, cos, sin, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -40,6 +54,7 @@ _op = define(
     "rope",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
     fake=_fake,
+    cpu=Backend(_cpu_forward, None, on_cpu),
     torch=Backend(_forward, None, anywhere),
 )
 

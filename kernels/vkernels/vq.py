@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vkernels import _host
+from vkernels.host import to_numpy
 from vkernels.registry import Backend, anywhere, define, on_cpu
 
 _CHUNK_SCORES = 16 << 20  # scores of one block: 64 MB in float32
@@ -61,6 +63,38 @@ def _nearest_torch(x, codebook):
     return ids
 
 
+def _nearest_cpu(x, codebook):
+    """As on other devices, then rows with more than one candidate are decided in float64."""
+    x, codebook = x.detach(), codebook.detach()
+    acc = torch.promote_types(x.dtype, torch.float32)
+    X, E = x.to(acc), codebook.to(acc)
+    E64 = codebook.double()
+    ids = torch.empty(x.shape[0], dtype=torch.int32)
+    reach = E64.square().sum(1).max().sqrt().item()
+    step = max(1, _CHUNK_SCORES // (2 * E.shape[0]))  # all of a block's rows may need float64
+    for a in range(0, X.shape[0], step):
+        part = X[a : a + step]
+        scores = _scores(part, E)
+        best, first = scores.max(1)
+        # float32 scores err by less than D 2^-24 |e| (|x| + |e| / 2); two of them differ by at most twice that.
+        error = part.norm(dim=1).add_(reach).mul_(reach * E.shape[1] * 2.0**-23)
+        close = ((scores >= (best - error).unsqueeze(1)).sum(1) > 1).nonzero().squeeze(1)
+        if close.numel():
+            exact = part[close].double()
+            first[close] = _first_best(_scores(exact, E64), (exact.norm(dim=1) + reach).mul_(reach * 1e-14))
+        ids[a : a + step] = first
+    return ids
+
+
+def _code_sums_cpu(x, ids, num_codes):
+    ids = ids.long()
+    counts = torch.bincount(ids[ids >= 0], minlength=num_codes).float()
+    sums = torch.zeros(num_codes, x.shape[1])
+    rows = to_numpy(x.float().contiguous())
+    _host.add_rows(rows, to_numpy(ids.contiguous()), 0, num_codes, to_numpy(sums), torch.get_num_threads())
+    return counts, sums
+
+
 def _code_sums_torch(x, ids, num_codes):
     # One more row takes the rows that are left out: no selection whose shape depends on the data.
     ids = torch.where(ids >= 0, ids, num_codes)
@@ -82,6 +116,7 @@ _nearest = define(
     "vq_nearest",
     "(Tensor x, Tensor codebook) -> Tensor",
     fake=lambda x, codebook: x.new_empty(x.shape[0], dtype=torch.int32),
+    cpu=Backend(_nearest_cpu, None, on_cpu),
     torch=Backend(_nearest_torch, None, anywhere),
 )
 _code_sums = define(
@@ -91,6 +126,7 @@ _code_sums = define(
         x.new_empty(num_codes, dtype=torch.float32),
         x.new_empty(num_codes, x.shape[1], dtype=torch.float32),
     ),
+    cpu=Backend(_code_sums_cpu, None, on_cpu),
     torch=Backend(_code_sums_torch, None, anywhere),
 )
 _ema_update = define(

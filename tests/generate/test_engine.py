@@ -3,24 +3,29 @@
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtrain.batch import Document, PackedBatch
+from vtrain.dist.fsdp import shard
+from vtrain.dist.mesh import world
 from vtrain.generate.engine import generate
 from vtrain.generate.sampler import Sampling, noise_keys, sample_token
 from vtrain.models.decoder import Decoder, DecoderConfig
+from vtrain.objectives.next_token import NextToken
+from vtrain.train.tasks.root import Root
 from vtrain.vocab import Vocabulary
 
 VOCAB = Vocabulary.of(text=37, visual=24, extra=10)
 PROMPTS = [[3], [5, 9, 11, 2, 30], [7, 7, 8], [3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [60, 12]]
 UNCOND = [[3, 4], [3, 4], [6, 1, 2], [3, 4], [3, 4], [0]]
+SHAPE = DecoderConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, max_positions=64, init_std=0.3)
 KEYS = [11, 22, 2**64 - 1, 44, 55, 66]
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    shape = DecoderConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, max_positions=64, init_std=0.3)
-    return Decoder(shape, VOCAB).eval()
+    return Decoder(SHAPE, VOCAB).eval()
 
 
 @torch.no_grad()
@@ -135,6 +140,32 @@ def test_every_rank_makes_the_same_number_of_forwards(decoder):
     assert generate(decoder, [], [], steps=4, rounds=1).shape == (0, 4)
     with pytest.raises(ValueError, match="5 prompts in batches of 2 take 3 rounds, not 2"):
         generate(decoder, PROMPTS[:5], KEYS[:5], steps=4, batch_size=2, rounds=2)
+
+
+def generate_sharded(state: dict) -> tuple[list, list]:
+    """On each rank: its share of the samples from an FSDP decoder, before and after a step of training on it."""
+    with world("cpu") as here:
+        model = Decoder(SHAPE, VOCAB)
+        model.load_state_dict(state)
+        root = Root(model, NextToken())
+        shard(root, model.layers, here, torch.float32)
+        batch = PackedBatch.build([Document(np.array([1, 2, 40, 41]))], VOCAB)
+        mine = slice(0, 4) if here.rank == 0 else slice(4, 5)
+        found = []
+        for _ in range(2):
+            terms, _ = root(batch)
+            terms["next_token"][0].backward()
+            root.unshard()  # the tables; each layer gathers itself
+            out = generate(model, PROMPTS[mine], KEYS[mine], steps=3, batch_size=2, rounds=2)
+            root.reshard()
+            found.append(out.tolist())
+        return tuple(found)
+
+
+def test_a_sharded_decoder_samples_the_same_and_can_train_on(decoder):
+    expected = generate(decoder, PROMPTS, KEYS, steps=3).tolist()
+    for first, share in zip((0, 4), run_ranks(2, generate_sharded, decoder.state_dict())):
+        assert share[0] == share[1] == expected[first : first + len(share[0])]
 
 
 class HostReads(TorchDispatchMode):

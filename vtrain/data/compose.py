@@ -41,7 +41,9 @@ class Composer(Protocol):
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _Named:
+    """A composer is its name and its options; all take a seed, so that configs can treat them alike."""
+
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class TextToImage(_Settings):
+class TextToImage(_Named):
     """`<|t2i|>` caption `<|soi|>` codes; without its caption `<|t2i|><|soi|>` codes.
 
     A sample has any number of captions (text segments of role input, one is drawn uniformly) and one picture (an image
@@ -128,7 +130,7 @@ class TextToImage(_Settings):
 
 
 @dataclass(frozen=True)
-class LanguageModel(_Settings):
+class LanguageModel(_Named):
     """The sample's ids as they are, scored by the sample's loss runs (none = every token)."""
 
     name = "language_model"

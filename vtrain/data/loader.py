@@ -128,7 +128,7 @@ class Loader:
                 yield step
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands after the last step handed out. JSON-able, the same on all ranks."""
+        """Where the loader stands after the last step that its iterator yielded. JSON-able, the same on all ranks."""
         return {"version": STATE_VERSION, "settings": self._identity(), "progress": copy.deepcopy(self._progress)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vtrain._host import crc32c
-from vtrain.data.format import Schema, ShardError, ShardInfo, read_pages
+from vtrain.data.format import Footer, Schema, ShardError, ShardInfo, read_pages
 from vtrain.data.writer import write_durably
 
 VERSION = 1
@@ -171,16 +171,19 @@ def _check_shards(folder: Path, schema: Schema, shards: list[ShardInfo]) -> None
         check_listed(folder / info.file, info, schema)
 
 
-def check_listed(path: Path, info: ShardInfo, schema: Schema) -> None:
-    """ShardError unless the shard at `path` is the one that `info` describes, and of this schema."""
+def check_listed(path: Path, info: ShardInfo, schema: Schema) -> tuple[Footer, int]:
+    """The pages of the shard at `path`; ShardError unless it is the one that `info` describes, and of this schema."""
     if not path.exists():
         raise ShardError(f"{path}: file: missing; the manifest lists it with {info.samples} samples")
-    footer, _ = read_pages(path)
+    footer, block = read_pages(path)
     found = ShardInfo(path.name, footer.uuid.hex(), footer.samples, footer.tokens, footer.file_bytes, footer.crc)
     if found != info:
         raise ShardError(f"{path}: footer: {found}; the manifest expects {info}")
     if footer.schema_hash != schema.hash:
         raise ShardError(f"{path}: SCHEMA: sha256 {footer.schema_hash[:16]}..; the dataset has {schema.hash[:16]}..")
+    if footer.max_id >= schema.vocab.size:
+        raise ShardError(f"{path}: footer: ids up to {footer.max_id}; the vocabulary ends at {schema.vocab.size - 1}")
+    return footer, block
 
 
 def _identity(schema: Schema, shards: list[ShardInfo]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from vtrain._host import crc32c, crc32c_blocks
 from vtrain.data import manifest
-from vtrain.data.format import PAGE, SEGMENT_SPAN, Schema, Section, ShardError, read_pages
+from vtrain.data.format import PAGE, SEGMENT_SPAN, Footer, Schema, Section, ShardError, ShardInfo, read_pages
 from vtrain.data.samples import Samples, check_samples, cumulative, ragged, segment_lengths
 from vtrain.data.writer import length_histogram
 
@@ -32,11 +32,14 @@ def _indices(indices: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 class Shard:
-    """One `*.vts` file. Opening checks both pages and the section table, and maps the file without keeping it open."""
+    """One `*.vts` file. Opening checks both pages and the section table, and maps the file without keeping it open.
 
-    def __init__(self, path: Path | str):
+    pages: what `read_pages` has found already. IndexError for samples that are not there.
+    """
+
+    def __init__(self, path: Path | str, pages: tuple[Footer, int] | None = None):
         self.path = Path(path)
-        self.footer, self.block = read_pages(self.path)
+        self.footer, self.block = pages or read_pages(self.path)
         # torch closes the file after mapping it, numpy and mmap keep a descriptor: datasets may have 100k shards.
         mapped = torch.from_file(str(self.path), shared=False, size=self.footer.file_bytes, dtype=torch.uint8)
         self.data = mapped.numpy()
@@ -123,26 +126,26 @@ class Shard:
 class Dataset:
     """The samples of all shards of a dataset's manifest, numbered in its order.
 
-    path: the folder (its latest generation) or one manifest file. hash: the manifest's; uuid64: the identity that all
-    generations of the dataset share. Not one sample is read at opening; every shard's pages are checked.
+    Open a folder (its latest generation) or one manifest file. path: the folder; hash: the manifest's; uuid64: the
+    identity that all generations share. Opening reads no sample; it checks the pages of every shard.
     """
 
     def __init__(self, path: Path | str):
         self.manifest = manifest.load(path)
-        self.folder = self.manifest.folder
+        self.path = self.manifest.folder
         self.schema = self.manifest.schema
         self.shards = [self._open(info) for info in self.manifest.shards]
 
-    def _open(self, info: manifest.ShardInfo) -> Shard:
-        manifest.check_listed(self.folder / info.file, info, self.schema)
-        return Shard(self.folder / info.file)
+    def _open(self, info: ShardInfo) -> Shard:
+        path = self.path / info.file
+        return Shard(path, manifest.check_listed(path, info, self.schema))
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.path.resolve().name
 
     @property
     def tokens(self) -> int:
@@ -158,7 +161,7 @@ class Dataset:
 
     def _groups(self, indices: np.ndarray) -> tuple[int, list[tuple[Shard, np.ndarray, np.ndarray]]]:
         """(n, [(shard, places in the answer, samples of the shard)]), one entry per shard that is asked."""
-        indices = _indices(indices, len(self), str(self.folder))
+        indices = _indices(indices, len(self), str(self.path))
         numbers = np.searchsorted(self.manifest.starts, indices, side="right") - 1
         order = np.argsort(numbers, kind="stable")
         asked, first = np.unique(numbers[order], return_index=True)

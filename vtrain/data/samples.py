@@ -144,6 +144,6 @@ def _check_ids(schema: Schema, s: Samples, spans: np.ndarray, sample_of: np.ndar
         holder = "the vocabulary" if modality[at] < 0 else f"{Modality(modality[at]).name.lower()} segments"
         allowed = f"{low}..{high - 1}" if high else "no range of their own"
         raise ShardError(
-            f"{name}: sample {int(s.keys[sample]):#x}: TOK: token {starts[at] + token - s.cu[sample]} is id {ids[token]}; "
-            f"expected one of {holder}: {allowed}"
+            f"{name}: sample {int(s.keys[sample]):#x}: TOK: token {starts[at] + token - s.cu[sample]} "
+            f"is id {ids[token]}; expected one of {holder}: {allowed}"
         )

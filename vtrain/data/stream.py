@@ -101,14 +101,11 @@ class Stream:
         mixture = self.mixture
         while (source := mixture.next()) is not None:
             epoch, position = mixture.cursors[source].epoch, mixture.cursors[source].position
-            index, length = self._look_up(source, epoch, position)
-            cut = 0
-            if not 0 < length <= self.pack_tokens:
-                taken = self._misfit(source, index, length)
-                length, cut = taken, length - taken
+            index, stored = self._look_up(source, epoch, position)
+            length = stored if 0 < stored <= self.pack_tokens else self._misfit(source, index, stored)
             mixture.advance(source, length)
             if length:
-                return Sample(source, epoch, position, index, length, cut), length
+                return Sample(source, epoch, position, index, length, stored - length), length
         raise StopIteration
 
     def state(self) -> list[dict[str, int]]:
@@ -122,21 +119,27 @@ class Stream:
         self._fruitless = [(0, 0)] * len(state)
 
     def find(self, places: Sequence[Sequence[int]]) -> list[tuple[Sample, int]]:
-        """Samples drawn earlier, from their [source, epoch, position]. ValueError when there is no such place."""
+        """Samples drawn earlier, from their [source, epoch, position]. ValueError for a place that was not passed."""
         found: list[tuple[Sample, int] | None] = [None] * len(places)
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (source, epoch, position) in enumerate(places):
-            if not (0 <= source < len(self.sources) and 0 <= position < len(self.sources[source].dataset)):
+            if not self._was_passed(source, epoch, position):
                 raise ValueError(
-                    f"loader state: a waiting sample at source {source}, position {position}: no such place"
+                    f"loader state: a waiting sample at source {source}, epoch {epoch}, position {position}"
                 )
             groups.setdefault((source, epoch), []).append(i)
         for (source, epoch), numbers in groups.items():
             positions = np.array([places[i][2] for i in numbers], dtype=np.int64)
-            for i, index, length in zip(numbers, *self._order_and_lengths(source, epoch, positions)):
-                taken = min(length, self.pack_tokens)
-                found[i] = Sample(source, epoch, places[i][2], index, taken, length - taken), taken
+            for i, index, stored in zip(numbers, *self._order_and_lengths(source, epoch, positions)):
+                length = min(stored, self.pack_tokens)
+                found[i] = Sample(source, epoch, places[i][2], index, length, stored - length), length
         return found
+
+    def _was_passed(self, source: int, epoch: int, position: int) -> bool:
+        if not (0 <= source < len(self.sources) and 0 <= position < len(self.sources[source].dataset)):
+            return False
+        cursor = self.mixture.cursors[source]
+        return (0, 0) <= (epoch, position) < (cursor.epoch, cursor.position)
 
     def _look_up(self, source: int, epoch: int, position: int) -> tuple[int, int]:
         """(index, length) of one place; computed for LOOK_AHEAD places at a time."""

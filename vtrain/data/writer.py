@@ -6,6 +6,7 @@ A killed writer leaves `.tmp-<uuid>` and nothing else; a shard of the same name 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -213,14 +214,19 @@ class ShardWriter:
 
     def _write(self, data: np.ndarray | bytes) -> None:
         data = memoryview(data if isinstance(data, bytes) else data.view(np.uint8))
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except BaseException:  # a full disk: what is there is no longer what the checksums say
+            self.abort()
+            raise
         self._blocks.update(data)
         self._written += len(data)
 
     def abort(self) -> None:
         """Drop the unfinished shard and its temporary file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing flushes, which fails again on a full disk
+                self._file.close()
             self._file = None
         if self.info is None:
             self._temporary.unlink(missing_ok=True)
@@ -244,11 +250,15 @@ def length_histogram(lengths: np.ndarray) -> np.ndarray:
 def write_durably(path: Path, data: bytes) -> None:
     """Give `path` its bytes in one step: temporary file, fdatasync, rename, fsync of the folder."""
     temporary = path.parent / f".tmp-{path.name}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fdatasync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fdatasync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -1,7 +1,8 @@
 """The generation engine: prompts in, a fixed number of sampled ids out. No files, no tokenizers, no console.
 
-Used by the sample command, by the pictures of a training run and by rollouts. The decoder may be sharded: the number
-of forwards depends on the arguments only, so ranks that pass the same `rounds` and `steps` stay together.
+Used by the sample command, by the pictures of a training run and by rollouts. The decoder may be sharded by FSDP: call
+its root's `unshard()` first (the layers gather themselves). The number of forwards depends on the arguments only, so
+ranks that pass the same `rounds` and `steps` stay together.
 """
 
 from __future__ import annotations
@@ -58,17 +59,14 @@ def generate(
             f"generate: {len(prompts)} prompts in batches of {batch_size} take {needed} rounds, not {rounds}"
         )
     out = torch.empty(len(prompts), steps, dtype=torch.int64)
-    for first in range(0, rounds * batch_size, batch_size):
-        rows = slice(first, min(first + batch_size, len(prompts)))
-        if first < len(prompts):
-            uncond = uncond_prompts[rows] if uncond_prompts is not None else None
-            out[rows] = _generate_batch(
-                decoder, prompts[rows], keys[rows], uncond, steps, sampling, vocab_range, progress
-            )
-        else:
-            stand_in = [[0]]
-            uncond = stand_in if sampling.guided else None
-            _generate_batch(decoder, stand_in, [0], uncond, steps, sampling, vocab_range, None)
+    for first in range(0, len(prompts), batch_size):
+        rows = slice(first, first + batch_size)
+        uncond = uncond_prompts[rows] if sampling.guided else None
+        out[rows] = _generate_batch(decoder, prompts[rows], keys[rows], uncond, steps, sampling, vocab_range, progress)
+    for _ in range(rounds - needed):
+        stand_in = [[0]]
+        uncond = stand_in if sampling.guided else None
+        _generate_batch(decoder, stand_in, [0], uncond, steps, sampling, vocab_range, None)
     return out
 
 
@@ -82,53 +80,65 @@ def _generate_batch(
     vocab_range: str | None,
     progress: Callable[[int], None] | None,
 ) -> torch.Tensor:
-    """All steps of one batch; rows of the decoder are the conditional sequences, then the unconditional ones."""
-    device = next(decoder.parameters()).device
+    """All steps of one batch. Its sequences are the conditional ones, then with guidance the unconditional ones."""
+    branches = 1 if uncond_prompts is None else 2
+    sequences = Sequences(decoder, [*prompts, *(uncond_prompts or ())], steps)
     ranges = None if vocab_range is None else (vocab_range,)
     base = 0 if vocab_range is None else decoder.vocab[vocab_range].base
-    branches = 1 if uncond_prompts is None else 2
-    sequences = [tuple(p) for p in prompts] + [tuple(p) for p in uncond_prompts or ()]
-    lengths = np.array([len(s) for s in sequences])
-    cache = KVCache(int(lengths.max()) + steps - 1)
-    step_keys = noise_keys(sampling.seed, keys, steps, device)
-    step_batch = one_token_batch(len(sequences), device)
-    first_positions = torch.from_numpy(lengths.astype(np.int32)).to(device)
-    tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
-    finite = torch.ones(len(prompts), dtype=torch.bool, device=device)
-
-    hidden = _prefill(decoder, cache, sequences, device)
+    step_keys = noise_keys(sampling.seed, keys, steps, sequences.device)
+    tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=sequences.device)
+    finite = torch.ones(len(prompts), dtype=torch.bool, device=sequences.device)
     for step in range(steps):
+        hidden = sequences.extend(tokens[:, step - 1].repeat(branches)) if step else sequences.prefill()
         logits = decoder.logits(hidden, ranges).chunk(branches)
-        tokens[:, step], scores = sample_token(logits[0], logits[-1], step_keys[step], sampling)
-        tokens[:, step] += base
+        local, scores = sample_token(logits[0], logits[-1], step_keys[step], sampling)
+        tokens[:, step] = base + local
         finite &= scores.isfinite()
         if progress is not None:
             progress(len(prompts))
-        if step + 1 < steps:
-            cache.begin_step()
-            ids = tokens[:, step].to(torch.int32).repeat(branches)
-            hidden, _ = decoder(replace(step_batch, ids=ids, positions=first_positions + step), cache=cache)
-    if not bool(finite.all()):
+    if not bool(finite.all()):  # the only wait for the device, once per batch
         raise FloatingPointError("generate: the decoder's logits are not finite (NaN or infinity)")
     return tokens.cpu()
 
 
-def _prefill(
-    decoder: Decoder, cache: KVCache, sequences: Sequence[tuple[int, ...]], device: torch.device
-) -> torch.Tensor:
-    """Fill the cache with all prompts, each distinct one computed once; hidden state of their last tokens [B, C]."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(sequences))}
-    prompt_of = [numbers[s] for s in sequences]
-    lengths = [len(p) for p in numbers]
-    documents = [Document(np.array(p, dtype=np.int32)) for p in numbers]
-    batch = PackedBatch.build(documents, decoder.vocab).to(device)
-    cache.begin_prefill(lengths, prompt_of, device)
-    hidden, _ = decoder(batch, cache=cache)
-    last = np.cumsum(lengths)[prompt_of] - 1
-    return hidden[torch.from_numpy(last).to(device)]
+class Sequences:
+    """B sequences that grow together: `prefill` once, then `extend` by a token each, up to `steps - 1` times.
+
+    Both return the hidden states of the newest tokens, [B, C].
+    """
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], steps: int) -> None:
+        self.decoder = decoder
+        self.device = next(decoder.parameters()).device
+        self.prompts = [tuple(p) for p in prompts]
+        lengths = np.array([len(p) for p in prompts], dtype=np.int32)
+        self._positions = torch.from_numpy(lengths).to(self.device)  # of the next tokens
+        self._cache = KVCache(int(lengths.max()) + steps - 1)
+        self._step = one_token_batch(len(prompts), self.device)
+
+    def prefill(self) -> torch.Tensor:
+        """Run all prompts, each distinct one once."""
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self.prompts))}
+        prompt_of = [numbers[p] for p in self.prompts]
+        lengths = [len(p) for p in numbers]
+        documents = [Document(np.array(p, dtype=np.int32)) for p in numbers]
+        batch = PackedBatch.build(documents, self.decoder.vocab).to(self.device)
+        self._cache.begin_prefill(lengths, prompt_of, self.device)
+        hidden, _ = self.decoder(batch, cache=self._cache)
+        last = np.cumsum(lengths)[prompt_of] - 1
+        return hidden[torch.from_numpy(last).to(self.device)]
+
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append global ids int64[B]."""
+        batch = replace(self._step, ids=ids.to(torch.int32), positions=self._positions)
+        self._positions = self._positions + 1
+        self._cache.begin_step()
+        hidden, _ = self.decoder(batch, cache=self._cache)
+        return hidden
 
 
 def one_token_batch(sequences: int, device: torch.device) -> PackedBatch:
+    """A batch of documents of one token; ids and positions are to be replaced."""
     zeros = torch.zeros(sequences, dtype=torch.int32, device=device)
     return PackedBatch(
         ids=zeros,
@@ -140,6 +150,19 @@ def one_token_batch(sequences: int, device: torch.device) -> PackedBatch:
         lengths=np.ones(sequences, dtype=np.int64),
         tokens=sequences,
     )
+
+
+def check_prompts(decoder: Decoder, prompts: Sequence[Prompt], steps: int, kind: str = "prompt") -> None:
+    """ValueError naming the first prompt that is empty, leaves no room for `steps` tokens, or has a foreign id."""
+    room = decoder.config.max_positions - steps
+    for number, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= room:
+            raise ValueError(
+                f"generate: {kind} {number} has {len(prompt)} ids; expected 1 to {room} "
+                f"({decoder.config.max_positions} positions less {steps} steps)"
+            )
+        if min(prompt) < 0 or max(prompt) >= decoder.vocab.size:
+            raise ValueError(f"generate: {kind} {number} has an id outside 0..{decoder.vocab.size - 1}")
 
 
 def _check(decoder, prompts, keys, uncond_prompts, steps, sampling, vocab_range, batch_size) -> None:
@@ -154,13 +177,5 @@ def _check(decoder, prompts, keys, uncond_prompts, steps, sampling, vocab_range,
         raise ValueError(
             f"generate: cfg {sampling.cfg} needs one unconditional prompt per prompt ({len(prompts)}), got {found}"
         )
-    room = decoder.config.max_positions - steps
-    for kind, rows in (("prompt", prompts), ("unconditional prompt", uncond_prompts or ())):
-        for number, prompt in enumerate(rows):
-            if not 1 <= len(prompt) <= room:
-                raise ValueError(
-                    f"generate: {kind} {number} has {len(prompt)} ids; expected 1 to {room} "
-                    f"({decoder.config.max_positions} positions less {steps} steps)"
-                )
-            if min(prompt) < 0 or max(prompt) >= decoder.vocab.size:
-                raise ValueError(f"generate: {kind} {number} has an id outside 0..{decoder.vocab.size - 1}")
+    check_prompts(decoder, prompts, steps)
+    check_prompts(decoder, uncond_prompts or (), steps, "unconditional prompt")

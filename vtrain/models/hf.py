@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,13 +38,12 @@ def read_hf_config(folder: str | Path) -> dict:
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:
     """The vocabulary of a folder that vtrain wrote; one from elsewhere is a single range `text` of its `vocab_size`."""
-    folder = _existing(folder)
-    path = folder / VOCABULARY
+    path = _existing(folder) / VOCABULARY
+    if not path.is_file():
+        path = path.with_name(CONFIG)
+    value = _read_json(path)
     try:
-        if path.is_file():
-            return Vocabulary.from_json(_read_json(path)["ranges"])
-        path = folder / CONFIG
-        return Vocabulary.of(text=_read_json(path)["vocab_size"])
+        return Vocabulary.from_json(value["ranges"] if path.name == VOCABULARY else [["text", value["vocab_size"]]])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no vocabulary in it: {error}") from error
 
@@ -106,7 +106,9 @@ def import_hf(
     return _read(files, config, vocab, new_rows, seed, ours)
 
 
-def _read(files: _Files, config, vocab, new_rows, seed, ours) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(
+    files: _Files, config: DecoderConfig, vocab: Vocabulary, new_rows: str, seed: int, ours: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     for part, matrix in _matrices(config).items():
         stored = files.slice(matrix)
         have = stored.get_shape()[0] if ours else min(stored.get_shape()[0], vocab.ranges[0].size)
@@ -310,8 +312,6 @@ class _Writer:
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         tensor = tensor.to("cpu", self.dtype or tensor.dtype).contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # safetensors refuses parts of a shared storage
-            tensor = tensor.clone()
         if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
             self._flush()
         self.pending[key] = tensor
@@ -361,12 +361,11 @@ def _same_vocabulary(path: Path, found: Vocabulary, wanted: Vocabulary) -> None:
 
 
 def _existing(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such model folder; fetch one with: hf download <organisation>/<model> --local-dir {folder}"
-        )
-    return folder
+    path = Path(folder)
+    if not path.is_dir():
+        hub_name = path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) else "<organisation>/<model>"
+        raise ValueError(f"{path}: no such model folder; fetch it with: hf download {hub_name} --local-dir {path}")
+    return path
 
 
 def _read_json(path: Path) -> dict:

@@ -48,6 +48,7 @@ class Task(Protocol):
 
     kind: str  # "pretrain", "autoencoder"
     unit: str  # what throughput counts: "tokens" or "images"
+    peak_flops: float | None  # of the device, where it is known: then MFU is reported
     root: nn.Module  # model + objective, sharded
     optimizers: dict[str, AdamW]  # stepped in this order, each over its own pass through the micro-batches
 
@@ -90,6 +91,7 @@ class _Run:
         self.best: dict = {}  # {"step": n, "loss": x}
         self.evaluated = -1
         self.term_weights: dict[str, float] = {}
+        self.meter = Meter(world.device, task.unit, task.peak_flops)
 
     def run(self) -> Path:
         self._resume()
@@ -101,10 +103,10 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.toml").write_text(config.dump(self.settings))
         barrier()
-        log = self.settings.log
-        names = tuple(log.sinks)
-        self.sinks = open_sinks(names, self.out, self.settings.run.name, self.step) if self.world.main else []
-        self.meter = Meter(self.world.device, self.task.unit, getattr(self.task, "peak_flops", None))
+        self.sinks = (
+            open_sinks(self.settings.log.sinks, self.out, self.settings.run.name, self.step) if self.world.main else []
+        )
+        self.meter.restart_clock()
         try:
             self._train()
             self._finish(final)
@@ -179,7 +181,7 @@ class _Run:
         record = {"kind": "eval", "step": self.step, "steps": self.steps, "best": improved}
         record |= {f"eval/{source}/{name}": v for source, result in results.items() for name, v in result.items()}
         self._write(record)
-        self.meter.started = time.perf_counter()  # an evaluation is not training time
+        self.meter.restart_clock()  # an evaluation is not training time
         return improved
 
     def _save(self) -> None:
@@ -188,7 +190,7 @@ class _Run:
             "identity": self.task.identity(),
             "task": self.task.state(),
             "best": self.best,
-            self.task.unit: self.meter.total_units,
+            "units": self.meter.total_units,
         }
         target = checkpoint.step_folder(self.folder, self.step)
         checkpoint.save(target, self._tensors(), state, config.dump(self.settings), self.world)
@@ -224,7 +226,7 @@ class _Run:
             raise ValueError(f"{source}: is at step {state['step']}, past train.steps = {self.steps}")
         checkpoint.load(source, self._tensors(), self.world)
         self.task.load_state(state["task"])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.meter.total_units = state["step"], state["best"], state["units"]
 
     def _finish(self, final: Path) -> None:
         """Export the last weights, or the best ones of the evaluations."""

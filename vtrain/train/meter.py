@@ -27,6 +27,10 @@ class Meter:
         self.steps = 0
         self.started = time.perf_counter()
 
+    def restart_clock(self) -> None:
+        """Time until now does not belong to the window."""
+        self.started = time.perf_counter()
+
     def add(self, name: str, value: torch.Tensor) -> None:
         """Add a detached device scalar to the window's sum of `name`."""
         value = value.detach().float()

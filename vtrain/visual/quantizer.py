@@ -33,7 +33,8 @@ class VectorQuantizer(nn.Module):
 
     A code whose averaged use falls below `dead_threshold` times the fair share (latents per step / K) restarts as a
     latent of the step, drawn by the counter RNG on (seed, step, image key, position). Before the first step all codes
-    are dead, so the codebook begins as K latents of the data.
+    are dead, so the codebook begins as K latents of the data; in that first step `forward` hands the latents through (the
+    same vector everywhere would meet norms of zero variance, and gradients without bound).
     """
 
     training_state = ("cluster_size", "embed_sum", "step")
@@ -75,7 +76,7 @@ class VectorQuantizer(nn.Module):
         B, D, h, w = z.shape
         latents = _rows(z)
         ids = vkernels.vq_nearest(latents.detach(), self.embedding.weight)
-        codes = F.embedding(ids, self.embedding.weight)
+        codes = torch.where(self._untouched(), latents.detach(), F.embedding(ids, self.embedding.weight))
         if self.training and keys is not None:
             self._gather(latents.detach(), ids, keys, weights)
         commitment = (latents - codes).square().reshape(B, -1).mean(1)
@@ -99,7 +100,7 @@ class VectorQuantizer(nn.Module):
         entropy of their use), codes_reset.
         """
         counts, sums, candidates, found = self._all_ranks(group)
-        untouched = self.cluster_size.sum() == 0
+        untouched = self._untouched()
         vkernels.vq_ema_update(
             self.cluster_size, self.embed_sum, self.embedding.weight, counts, sums, self.decay, self.eps
         )
@@ -124,6 +125,10 @@ class VectorQuantizer(nn.Module):
         self.cluster_size.fill_(1.0)
         self.embed_sum.copy_(self.embedding.weight)
         self.step.zero_()
+
+    def _untouched(self) -> torch.Tensor:
+        """Whether there is no codebook yet (a device scalar)."""
+        return self.cluster_size.sum() == 0
 
     @torch.no_grad()
     def _gather(

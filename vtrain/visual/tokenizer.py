@@ -118,15 +118,27 @@ def read_config(path: str | os.PathLike) -> AutoencoderConfig:
     kind = values.pop("type", None) if isinstance(values, dict) else None
     if kind != KIND:
         raise ValueError(f"{path}: type is {kind!r}; expected {KIND!r}")
-    known = {field.name: field for field in fields(AutoencoderConfig)}
+    known = {field.name: field.default for field in fields(AutoencoderConfig)}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        _check_type(f"{path}: {key}", values[key], known[key])
     try:
         return AutoencoderConfig(**values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_type(name: str, value: object, default: object) -> None:
+    """JSON tells integers, floats, booleans and text apart; a tuple of integers is a list there."""
+    if isinstance(default, tuple):
+        fits, expected = type(value) is list and all(type(v) is int for v in value), "a list of int"
+    else:
+        fits, expected = type(value) is type(default), type(default).__name__
+        fits |= isinstance(default, float) and type(value) is int
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
 def _config_bytes(config: AutoencoderConfig) -> bytes:

@@ -18,6 +18,10 @@ from torch import nn
 from vtrain.visual.quantizer import FiniteScalarQuantizer, VectorQuantizer
 
 
+_LEAST = dict(resolution=1, in_channels=1, base_channels=1, channel_multiplier=1, num_res_blocks=1, latent_channels=1)
+_LEAST |= dict(norm_groups=0, embed_dim=1, num_embeddings=1, ema_decay=0, dead_threshold=0, fsq_levels=2)
+
+
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """One halving of the picture between consecutive entries of `channel_multiplier`.
@@ -43,16 +47,12 @@ class AutoencoderConfig:
     fsq_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multiplier", tuple(self.channel_multiplier))
-        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
-        positive = ("resolution", "in_channels", "base_channels", "num_res_blocks", "latent_channels")
-        for name in (*positive, "embed_dim", "num_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"autoencoder {name} is {getattr(self, name)}; expected at least 1")
-        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
-            raise ValueError(
-                f"autoencoder channel_multiplier is {list(self.channel_multiplier)}; expected numbers >= 1"
-            )
+        for name in ("channel_multiplier", "fsq_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=least - 1) < least:
+                raise ValueError(f"autoencoder {name} is {value}; expected at least {least}")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"autoencoder: {self.groups} norm_groups do not divide a level of {width} channels")
@@ -60,10 +60,8 @@ class AutoencoderConfig:
             raise ValueError(f"autoencoder resolution {self.resolution} is not a multiple of {self.downscale}")
         if self.quantizer not in ("vq", "fsq"):
             raise ValueError(f"autoencoder quantizer is {self.quantizer!r}; expected 'vq' or 'fsq'")
-        if self.quantizer == "fsq" and (not self.fsq_levels or min(self.fsq_levels) < 2):
-            raise ValueError(f"autoencoder fsq_levels are {list(self.fsq_levels)}; expected numbers >= 2")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"autoencoder ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
+        if self.ema_decay >= 1:
+            raise ValueError(f"autoencoder ema_decay is {self.ema_decay}; expected less than 1")
 
     @property
     def widths(self) -> tuple[int, ...]:

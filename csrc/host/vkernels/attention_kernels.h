@@ -94,7 +94,8 @@ VK_INLINE void softmax_row(T* row, int64_t width, T* out, int64_t Dp, T& maximum
     const T before = maximum, now = std::max(before, max_lanes<T>(top));
     Vec<T> sum = {};
     for (int64_t j = 0; j < width; j += L) {
-        Vec<T> e = exponential(load(row + j) - now);
+        Vec<T> e = load(row + j) - now;
+        exponential(e);
         store(row + j, e);
         sum += e;
     }
@@ -207,7 +208,8 @@ void backward_piece(const Problem<T>& p, const Piece& piece, int64_t key_head, S
                     mask_row(probability, each[i].lo - j0, each[i].hi - j0, N);
                     const T lse = p.lse[h * p.Tq + first + i];
                     for (int64_t j = 0; j < N; j += Lanes<T>::n) {
-                        Vec<T> e = exponential(load(probability + j) - lse);
+                        Vec<T> e = load(probability + j) - lse;
+                        exponential(e);
                         store(probability + j, e);
                         store(slope + j, e * (load(slope + j) - delta[i]));
                     }

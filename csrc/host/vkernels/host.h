@@ -56,7 +56,8 @@ void parallel_for(int64_t items, int threads, const Work& work) {
 template <class T>
 class Scratch {
   public:
-    T* get(size_t n) {
+    // Always inlined: a copy compiled for one instruction set must not serve the others.
+    __attribute__((always_inline)) T* get(size_t n) {
         if (n > size_) {
             memory_.reset(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)));
             if (!memory_) throw std::bad_alloc();

@@ -18,7 +18,7 @@ VK_INLINE Vec<T> load(const T* p) {
 }
 
 template <class T>
-VK_INLINE void store(T* p, Vec<T> v) {
+VK_INLINE void store(T* p, const Vec<T>& v) {
     std::memcpy(p, &v, sizeof(v));
 }
 
@@ -31,12 +31,12 @@ VK_INLINE Vec<T> load_some(const T* p, int64_t n) {
 }
 
 template <class T>
-VK_INLINE void store_some(T* p, Vec<T> v, int64_t n) {
+VK_INLINE void store_some(T* p, const Vec<T>& v, int64_t n) {
     std::memcpy(p, &v, n * sizeof(T));
 }
 
 template <class T>
-VK_INLINE T sum_lanes(Vec<T> v) {
+VK_INLINE T sum_lanes(const Vec<T>& v) {
     T lanes[Lanes<T>::n];
     std::memcpy(lanes, &v, sizeof(v));
     for (int width = Lanes<T>::n / 2; width; width /= 2)
@@ -45,7 +45,7 @@ VK_INLINE T sum_lanes(Vec<T> v) {
 }
 
 template <class T>
-VK_INLINE T max_lanes(Vec<T> v) {
+VK_INLINE T max_lanes(const Vec<T>& v) {
     T lanes[Lanes<T>::n];
     std::memcpy(lanes, &v, sizeof(v));
     for (int width = Lanes<T>::n / 2; width; width /= 2)
@@ -53,8 +53,8 @@ VK_INLINE T max_lanes(Vec<T> v) {
     return lanes[0];
 }
 
-// e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln(2) / 2, Taylor series of degree 7. 0 below -87, at most e^88.
-VK_INLINE Vec<float> exponential(Vec<float> x) {
+// x = e^x to about 1 ulp: argument = n ln 2 + r, |r| <= ln(2) / 2, Taylor series of degree 7. 0 below -87, at most e^88.
+VK_INLINE void exponential(Vec<float>& x) {
     typedef int32_t Ints __attribute__((vector_size(64)));
     const Vec<float> top = Vec<float>{} + 88.0f;
     x = x > top ? top : x;
@@ -73,11 +73,10 @@ VK_INLINE Vec<float> exponential(Vec<float> x) {
     Vec<float> power;
     std::memcpy(&power, &bits, sizeof(power));
     const Vec<float> bottom = Vec<float>{} - 87.0f;
-    return x < bottom ? Vec<float>{} : p * power;
+    x = x < bottom ? Vec<float>{} : p * power;
 }
 
-VK_INLINE Vec<double> exponential(Vec<double> x) {
+VK_INLINE void exponential(Vec<double>& x) {
     for (int i = 0; i < Lanes<double>::n; ++i) x[i] = std::exp(x[i]);
-    return x;
 }
 

@@ -72,6 +72,7 @@ class AutoencoderTask:
 
     kind = "autoencoder"
     unit = "images"
+    peak_flops = None
 
     def __init__(self, settings: AutoencoderSettings, world: World, plan: Plan | None = None) -> None:
         self.settings, self.world = settings, world

@@ -206,7 +206,7 @@ class PretrainTask:
             return
         export_hf(tensors, self.config, self.vocab, folder, specials=dataset.schema.specials)
         for asset in ASSETS:
-            source = Path(dataset.path) / asset
+            source = dataset.path / asset
             if source.is_dir():
                 shutil.copytree(source, folder / asset, dirs_exist_ok=True)
 

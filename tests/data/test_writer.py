@@ -1,0 +1,263 @@
+"""The writer against a reader that knows only the layout; what it refuses; and that nothing half-written has a name."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shard_model import VOCAB, Sample, batch, samples, slow_read, some_samples, write_shard
+
+from vtrain._host import crc32c_blocks
+from vtrain.data.format import SEGMENT, Modality, Role, Schema, SegmentFlag, ShardError
+from vtrain.data.reader import verify
+from vtrain.data.samples import Samples, check_samples, pack_runs, unpack_runs
+from vtrain.data.writer import BlockChecksums, ShardWriter, length_histogram
+from vtrain.vocab import Vocabulary
+
+SCHEMA = Schema(VOCAB)
+# Vocabularies whose last id is the last of a stored dtype, or the first of the next one.
+BORDERS = {size: Vocabulary.of(text=100, visual=size - 100) for size in (255, 256, 257, 65535, 65536, 65537, 2**31 - 1)}
+
+
+@pytest.mark.parametrize("size", BORDERS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_is_appended_is_in_the_file(tmp_path, size, data):
+    vocab = BORDERS[size]
+    found = data.draw(samples(vocab))
+    cuts = tuple(sorted(data.draw(st.lists(st.integers(0, len(found)), max_size=2))))
+    path = tmp_path / "a.vts"
+    info = write_shard(path, Schema(vocab), found, cuts=cuts)
+    schema, stored = slow_read(path)
+    if any(s.runs for s in found):
+        found = [Sample(s.key, s.ids, s.segments, s.runs or []) for s in found]
+    assert stored == found
+    assert schema == Schema(vocab).to_json()
+    assert (info.samples, info.tokens, info.bytes) == (len(found), sum(len(s.ids) for s in found), os.stat(path).st_size)
+    assert verify(path) == []
+    assert os.listdir(tmp_path) == ["a.vts"]
+
+
+def test_the_bytes_do_not_depend_on_the_batches(tmp_path):
+    found = some_samples(40)
+    for name, cuts in (("a", ()), ("b", (1, 1, 7, 39)), ("c", tuple(range(1, 40)))):
+        write_shard(tmp_path / f"{name}.vts", SCHEMA, found, cuts=cuts, uuid=b"u" * 16)
+    one, *others = [(tmp_path / f"{name}.vts").read_bytes() for name in "abc"]
+    assert others == [one, one]
+
+
+def test_runs_may_come_in_some_batches_only(tmp_path):
+    bare, scored = some_samples(3, seed=1), some_samples(4, seed=2)
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
+        for part, with_runs in ((bare, False), (scored, True), (bare, False)):
+            arguments, keywords = batch(part, with_runs)
+            writer.append_batch(*arguments, **keywords)
+    expected = [[], [], [], *(s.runs for s in scored), [], [], []]
+    assert [s.runs for s in slow_read(tmp_path / "a.vts")[1]] == expected
+
+
+def test_offsets_may_name_a_window_of_larger_arrays(tmp_path):
+    (ids, offsets, segments, segment_offsets), options = batch(some_samples(10))
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
+        options["keys"], options["run_offsets"] = options["keys"][3:8], options["run_offsets"][3:9]
+        writer.append_batch(ids, offsets[3:9], segments, segment_offsets[3:9], **options)
+    assert slow_read(tmp_path / "a.vts")[1] == some_samples(10)[3:8]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "u4", "i8", "u8", ">i4"])
+def test_ids_come_in_any_integer_type(tmp_path, dtype):
+    found = [Sample(1, [0, 39, 5], [(0, 0, 0, 0, 0, 0, 0, 0, 0)]), Sample(2, [63])]
+    (ids, *rest), options = batch(found, with_runs=False)
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16), id_dtype="u4") as writer:
+        writer.append_batch(ids.astype(dtype), *rest, **options)
+    assert slow_read(tmp_path / "a.vts")[1] == found
+
+
+@settings(max_examples=50, deadline=None)
+@given(pieces=st.lists(st.binary(max_size=40), max_size=12), block=st.integers(1, 33))
+def test_streamed_block_checksums_equal_those_of_the_whole(pieces, block):
+    stream = BlockChecksums(block)
+    for piece in pieces:
+        stream.update(memoryview(piece))
+    assert stream.result().tolist() == crc32c_blocks(np.frombuffer(b"".join(pieces) or b"", np.uint8), block).tolist()
+
+
+def test_length_histogram_counts_as_a_loop_does():
+    lengths = [0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 1000, 2**31 - 1]
+    slow = [0] * 64
+    for n in lengths:
+        octave = max(n, 1).bit_length() - 1
+        slow[n if n < 2 else 2 * octave + (n >> (octave - 1) & 1)] += 1
+    assert length_histogram(np.array(lengths)).tolist() == slow
+
+
+def test_run_packing_is_exact_and_bounded():
+    lengths, classes = np.array([0, 1, 2**24 - 1]), np.array([255, 0, 7])
+    back = unpack_runs(pack_runs(lengths, classes))
+    assert [b.tolist() for b in back] == [lengths.tolist(), classes.tolist()]
+    with pytest.raises(ValueError, match=r"16777216 tokens"):
+        pack_runs([2**24], [0])
+
+
+def _segment(start, modality=Modality.TEXT, role=Role.INPUT, flags=0, grid=(0, 0, 0)):
+    return (start, modality, role, 0, flags, *grid, 0)
+
+
+IMAGE = Modality.IMAGE
+REFUSED = {
+    "text id in the visual range": (Sample(5, [1, 40], [_segment(0)]), "token 1 is id 40; .* text segments: 0..39"),
+    "text id in a picture": (Sample(5, [40, 63, 39], [_segment(0, IMAGE)]), "token 2 is id 39; .* image segments: 40..63"),
+    "id after the vocabulary": (Sample(5, [64], [_segment(0, IMAGE)]), "token 0 is id 64; .*: 40..63"),
+    "negative id": (Sample(5, [3, -1], [_segment(0)]), "token 1 is id -1"),
+    "id without segment": (Sample(5, [0, 63, 64]), "token 2 is id 64; expected one of the vocabulary: 0..63"),
+    "key 0": (Sample(0, [1]), "KEY: sample 2 of the batch has key 0"),
+    "gap before the first segment": (Sample(5, [1, 2], [_segment(1)]), "expected the first segment to start at 0"),
+    "falling starts": (Sample(5, [1] * 4, [_segment(0), _segment(3), _segment(2)]), "segment 1 has -1 tokens"),
+    "start after the end": (Sample(5, [1, 2], [_segment(0), _segment(3)]), "segment 1 has -1 tokens, start 3"),
+    "unknown modality": (Sample(5, [1], [_segment(0, 5)]), r"modality 5,.*expected modality 0 \(text\), 1 \(image\)"),
+    "unknown role": (Sample(5, [1], [_segment(0, role=6)]), r"role 6,.*expected role 0 \(input\)"),
+    "unknown flag": (Sample(5, [1], [_segment(0, flags=2)]), r"flags 2,.*expected flags 1 \(merged\)"),
+    "grid of another size": (Sample(5, [40] * 6, [_segment(0, IMAGE, grid=(1, 2, 2))]), "segment 0 has 6 tokens.*t 1, h 2"),
+    "half a grid": (Sample(5, [40] * 6, [_segment(0, IMAGE, grid=(0, 2, 3))]), r"expected t \* h \* w tokens"),
+    "overflowing grid": (Sample(5, [], [_segment(0, IMAGE, grid=(65535, 65535, 65535))]), "expected t"),
+    "short runs": (Sample(5, [1, 2, 3], [], [(1, 0), (1, 1)]), "RUN: loss runs of 2 tokens; expected 3 or none"),
+    "long runs": (Sample(5, [1], [], [(1, 0), (1, 1)]), "RUN: loss runs of 2 tokens; expected 1 or none"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_illegal_samples_are_refused_by_key_and_leave_no_trace(tmp_path, case):
+    bad, message = REFUSED[case]
+    good = some_samples(6)
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
+        arguments, options = batch(good[:4])
+        writer.append_batch(*arguments, **options)
+        arguments, options = batch([good[0], good[5], bad, good[1]])
+        with pytest.raises(ShardError, match=message) as error:
+            writer.append_batch(*arguments, **options)
+        assert str(tmp_path / "a.vts") in str(error.value)
+        assert bad.key == 0 or "sample 0x5:" in str(error.value)
+        arguments, options = batch(good[4:])
+        writer.append_batch(*arguments, **options)
+    assert slow_read(tmp_path / "a.vts")[1] == good
+
+
+def test_merged_pictures_need_no_full_grid_and_may_hold_visual_bpe_ids(tmp_path):
+    schema = Schema(Vocabulary.of(text=10, visual=10, vbpe=10))
+    merged = _segment(0, IMAGE, flags=SegmentFlag.MERGED, grid=(1, 4, 4))
+    write_shard(tmp_path / "a.vts", schema, [Sample(1, [10, 19, 20, 29], [merged])])
+    with pytest.raises(ShardError, match=r"token 1 is id 9; .*: 10..29"):
+        write_shard(tmp_path / "b.vts", schema, [Sample(1, [29, 9], [merged])])
+    with pytest.raises(ShardError, match=r"token 0 is id 20; .*: 10..19"):
+        write_shard(tmp_path / "b.vts", schema, [Sample(1, [20], [_segment(0, IMAGE)])])
+    with pytest.raises(ShardError, match="no range of their own"):
+        write_shard(tmp_path / "b.vts", Schema(Vocabulary.of(text=10)), [Sample(1, [2], [_segment(0, IMAGE)])])
+
+
+def test_samples_and_shards_have_a_largest_size():
+    """2**31 tokens as a view that takes no memory."""
+    ids = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2**31,), (0,))
+    none = np.zeros(0, SEGMENT)
+    huge = Samples(ids, np.array([0, 2**31]), none, np.array([0, 0]), np.array([3], dtype=np.uint64))
+    with pytest.raises(ShardError, match=r"sample 0x3: OFF: 2147483648 tokens; expected at most 2147483647"):
+        check_samples(SCHEMA, huge, "a.vts")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": [0, 2, 1, 3]}, "offsets: 4 numbers for 3 samples and 3 items"),
+        ({"offsets": [0, 1, 2, 4]}, r"expected 4 rising ones in 0..3"),
+        ({"offsets": [-1, 1, 2, 3]}, "offsets"),
+        ({"offsets": [0, 3]}, "offsets: 2 numbers for 3 samples"),
+        ({"segment_offsets": [0, 0, 0, 1]}, "segment_offsets: 4 numbers for 3 samples and 0 items"),
+        ({"ids": np.zeros(3)}, "ids are float64"),
+        ({"segments": np.zeros((0, 9), np.int64)}, "segments are int64"),
+        ({"runs": np.zeros(3, np.uint32)}, "runs and run_offsets go together"),
+        ({"runs": np.zeros(3, np.uint32), "run_offsets": [0, 1, 2, 9]}, "run_offsets"),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(tmp_path, change, message):
+    good = {"ids": [1, 2, 3], "offsets": [0, 1, 2, 3], "segments": np.zeros(0, SEGMENT), "segment_offsets": [0] * 4}
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer, pytest.raises(ValueError, match=message):
+        writer.append_batch(**{**good, "keys": [1, 2, 3], **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"uuid": b"short"}, "16 bytes, found 5"), ({"uuid": bytes(16), "id_dtype": "u1"}, "id dtype uint8 does not hold"),
+     ({"uuid": bytes(16), "id_dtype": "i4"}, "id dtype int32")],
+)  # fmt: skip
+def test_bad_options_are_refused_before_a_file_exists(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        ShardWriter(tmp_path / "a.vts", Schema(Vocabulary.of(text=257)), **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_leaves_neither_the_shard_nor_its_temporary(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
+        assert os.listdir(tmp_path) == [f".tmp-{'00' * 16}"]
+        raise RuntimeError("the caller fails")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="abandoned"):
+        writer.close()
+
+
+@pytest.mark.parametrize("limit", [8192, 20000, 40000])
+def test_a_full_disk_leaves_nothing(tmp_path, limit):
+    """The limit is met while tokens stream, or between the sections at close."""
+    arguments, options = batch(some_samples(300))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"), ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as w:
+            w.append_batch(*arguments, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
+
+
+def _killed_after(path, found, writes: int) -> bool:
+    """Write a shard in a child process that dies in its `writes`-th write or rename; whether it died."""
+    child = os.fork()
+    if child == 0:
+        left = writes
+
+        def counted(call):
+            def wrapped(*arguments):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+                return call(*arguments)
+
+            return wrapped
+
+        try:
+            ShardWriter._write = counted(ShardWriter._write)
+            os.replace = counted(os.replace)
+            os.fdatasync = counted(os.fdatasync)
+            write_shard(path, SCHEMA, found, cuts=(5,))
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_writer_killed_at_any_point_leaves_the_old_shard_and_a_new_one_replaces_it_whole(tmp_path):
+    old, new = some_samples(8, seed=1), some_samples(12, seed=2)
+    path = tmp_path / "a.vts"
+    write_shard(path, SCHEMA, old, uuid=b"o" * 16)
+    before = path.read_bytes()
+    for writes in range(100):
+        if not _killed_after(path, new, writes):
+            break
+        assert path.read_bytes() == before
+        assert {name.startswith(".tmp-") for name in os.listdir(tmp_path) if name != "a.vts"} <= {True}
+        assert verify(path) == []
+    assert 15 < writes < 40
+    assert slow_read(path)[1] == new
+    assert os.listdir(tmp_path) == ["a.vts"]  # the one that finished took over the temporary of those that did not

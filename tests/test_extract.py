@@ -1,0 +1,319 @@
+"""The extract command: bytes do not depend on ranks, a kill loses nothing, bad images are listed, misuse is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import run_ranks
+
+from vtrain.config import load as load_settings
+from vtrain.config import run_command
+from vtrain.data.format import Modality, Role
+from vtrain.data.reader import Dataset, verify
+from vtrain.data.sources.image_folder import image_key
+from vtrain.extract import main
+from vtrain.settings import ExtractSettings
+from vtrain.text import load_text_tokenizer, train_sentencepiece
+from vtrain.visual import ImageTokenizer, load_image_tokenizer
+from vtrain.visual.preprocess import center_crop_resize, load_image, to_tensor
+from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
+
+CODES = 12
+IMAGES = 23
+CAPTIONS = ["a red square", "the second one, blue", "three"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """23 pictures of different sizes with 1..3 captions each, and two small tokenizers."""
+    root = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    lines = []
+    (root / "images").mkdir()
+    for i in range(IMAGES):
+        height, width = rng.integers(5, 30, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+        captions = CAPTIONS[: i % 3 + 1]
+        lines.append({"image": f"{i}.png", "caption": captions[0] if i % 6 == 0 else captions})
+    (root / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train_sentencepiece(CAPTIONS, 40, root / "text.model")
+    config = AutoencoderConfig(
+        resolution=16, base_channels=8, channel_multiplier=(1, 1, 1), num_res_blocks=1, latent_channels=4,
+        attention=False, embed_dim=4, num_embeddings=CODES,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(config)
+    autoencoder.load_weights({name: torch.randn_like(w) * 0.3 for name, w in autoencoder.weights().items()})
+    ImageTokenizer(autoencoder).save(root / "vq")
+    return root
+
+
+@pytest.fixture
+def damaged(inputs, tmp_path) -> Path:
+    """A copy in which five images cannot be read."""
+    root = Path(shutil.copytree(inputs, tmp_path / "damaged"))
+    images = root / "images"
+    (images / "2.png").unlink()
+    (images / "3.png").write_bytes(b"")
+    (images / "9.png").write_bytes(b"not a picture")
+    (images / "10.png").write_bytes((images / "10.png").read_bytes()[:200])
+    (images / "22.png").unlink()
+    (images / "22.png").mkdir()
+    return root
+
+
+def arguments(inputs: Path, out: Path, *overrides: str) -> list[str]:
+    return [
+        f"run.out={out}",
+        "run.device=cpu",
+        f"input.images={inputs / 'images'}",
+        f"input.captions={inputs / 'captions.jsonl'}",
+        f"tokenizer.image={inputs / 'vq'}",
+        f"tokenizer.text={inputs / 'text.model'}",
+        "extract.samples_per_shard=5",
+        "extract.batch_size=2",
+        *overrides,
+    ]
+
+
+def run(inputs: Path, out: Path, *overrides: str) -> None:
+    main(load_settings(ExtractSettings, None, arguments(inputs, out, *overrides)))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "shards"
+    run(inputs, out)
+    return out
+
+
+def test_the_dataset_holds_captions_and_codes(inputs, finished):
+    assert verify(finished) == []
+    dataset = Dataset(finished)
+    text = load_text_tokenizer(finished / "text_tokenizer")
+    image = load_image_tokenizer(finished / "image_tokenizer")
+    assert dataset.schema.vocab.to_json() == [["text", text.vocab_size], ["visual", CODES]]
+    assert dataset.schema.text_tokenizer == text.sha256
+    assert dataset.schema.image_tokenizer == image.sha256
+    assert dataset.schema.specials == {name: text.special_id(name) for name in text.specials}
+    assert [len(shard) for shard in dataset.shards] == [5, 5, 5, 5, 3]
+    everything = np.arange(IMAGES)
+    assert dataset.keys(everything).tolist() == [image_key(f"{i}.png") for i in range(IMAGES)]
+    for i in range(IMAGES):
+        ids, _ = dataset.read([i])
+        segments, _ = dataset.segments([i])
+        parts = np.split(ids, segments["start"][1:])
+        captions = CAPTIONS[: i % 3 + 1] if i % 6 else CAPTIONS[:1]
+        assert [text.decode(part) for part in parts[:-1]] == captions
+        assert segments["modality"].tolist() == [Modality.TEXT] * len(captions) + [Modality.IMAGE]
+        assert segments["role"].tolist() == [Role.INPUT] * len(captions) + [Role.TARGET]
+        assert segments["variant"].tolist() == [*range(len(captions)), 0]
+        assert segments[["t", "h", "w"]].tolist() == [(0, 0, 0)] * len(captions) + [(1, 4, 4)]
+        pixels = to_tensor(center_crop_resize(load_image(inputs / "images" / f"{i}.png"), 16))
+        codes = image.encode(pixels[None])
+        assert (parts[-1] - text.vocab_size).reshape(4, 4).tolist() == codes[0].tolist()
+
+
+def test_only_the_dataset_is_left(finished):
+    names = sorted(path.name for path in finished.iterdir())
+    manifest = next(name for name in names if name.startswith("manifest-"))
+    shards = [f"shard-{u:05d}.vts" for u in range(5)]
+    assert names == ["extract.json", "image_tokenizer", manifest, *shards, "text_tokenizer"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bytes_do_not_depend_on_the_number_of_ranks(ranks, damaged, tmp_path):
+    run(damaged, tmp_path / "one")
+    run_ranks(ranks, run, damaged, tmp_path / "many")
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+    assert (tmp_path / "one" / "skipped.jsonl").exists()
+
+
+def test_threads_do_not_change_bytes(inputs, finished, tmp_path):
+    run(inputs, tmp_path / "out", "input.threads=1")
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+def test_bad_images_are_listed_and_counted(damaged, tmp_path, capsys):
+    run(damaged, tmp_path / "out")
+    assert "18 samples" in (said := capsys.readouterr().out)
+    assert "5 images skipped (see " in said
+    entries = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(e["image"], e["line"], e["key"]) for e in entries] == [
+        (f"{i}.png", i + 1, f"{image_key(f'{i}.png'):#018x}") for i in (2, 3, 9, 10, 22)
+    ]
+    assert [e["reason"] for e in entries[:2]] == ["no such image file", "cannot read the image: the file is empty"]
+    assert all(e["reason"] for e in entries)
+    dataset = Dataset(tmp_path / "out")
+    assert dataset.manifest.skipped == 5
+    kept = [image_key(f"{i}.png") for i in range(IMAGES) if i not in (2, 3, 9, 10, 22)]
+    assert dataset.keys(np.arange(len(dataset))).tolist() == kept
+
+
+def test_too_many_bad_images(damaged, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"skipped.jsonl: \d of \d+ images .* expected at most 1 \(input.max_skipped\)"
+    ):
+        run(damaged, out, "input.max_skipped=1")
+    assert not list(out.glob("manifest-*"))
+    run(damaged, out, "input.max_skipped=5")  # the limit is not what a dataset is made of
+    run(damaged, tmp_path / "undisturbed")
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_no_readable_image_at_all(inputs, tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match=r"23 of 23 images cannot be read; expected at least one readable one"):
+        run(inputs, tmp_path / "out", f"input.images={tmp_path / 'images'}")
+    assert not list((tmp_path / "out").glob("manifest-*"))
+
+
+def test_repaired_images_are_taken_in_by_the_next_try(inputs, damaged, finished, tmp_path):
+    with pytest.raises(ValueError, match=r"5 of 23 images"):
+        run(damaged, tmp_path / "out", "input.max_skipped=4")
+    shutil.rmtree(damaged / "images")
+    shutil.copytree(inputs / "images", damaged / "images")
+    run(damaged, tmp_path / "out", "input.max_skipped=4")
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+KILLED = """
+    import os, signal
+    import vtrain.extract as extract
+    from vtrain.config import load
+    from vtrain.settings import ExtractSettings
+
+    calls = 0
+    def deadly(function, last):
+        def wrapper(*args, **kwargs):
+            global calls
+            calls += 1
+            if calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return wrapper
+
+    {patch}
+    extract.main(load(ExtractSettings, None, {arguments!r}))
+"""
+PATCHES = {
+    "inside a shard": "extract.ShardWriter.append_batch = deadly(extract.ShardWriter.append_batch, 8)",
+    "between shard and note": "extract.write_durably = deadly(extract.write_durably, 3)",
+    "before the manifest": "extract.publish = deadly(extract.publish, 1)",
+}
+
+
+@pytest.mark.parametrize(
+    "moment", [next(iter(PATCHES)), *(pytest.param(m, marks=pytest.mark.slow) for m in list(PATCHES)[1:])]
+)
+def test_killed_and_started_again(moment, damaged, tmp_path):
+    out = tmp_path / "out"
+    script = textwrap.dedent(KILLED).format(patch=PATCHES[moment], arguments=arguments(damaged, out))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert result.returncode == -9, result.stderr.decode()
+    assert not list(out.glob("manifest-*"))
+    noted = [out / f"{path.stem.replace('unit', 'shard')}.vts" for path in (out / "progress").iterdir()]
+    before = [path.stat().st_mtime_ns for path in noted]
+    assert noted
+    run(damaged, out)
+    assert [path.stat().st_mtime_ns for path in noted] == before
+    run(damaged, tmp_path / "undisturbed")
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_a_damaged_shard_is_made_again(damaged, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="max_skipped"):
+        run(damaged, out, "input.max_skipped=4")
+    shard = out / "shard-00001.vts"
+    data = bytearray(shard.read_bytes())
+    data[4100] ^= 1
+    shard.write_bytes(data)
+    (out / "shard-00002.vts").unlink()
+    (out / "progress" / "unit-00003.json").write_bytes(b"{")
+    run(damaged, out)
+    run(damaged, tmp_path / "undisturbed")
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_a_second_run_does_nothing(inputs, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    run(inputs, finished)
+    assert "complete already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("input.resolution=32", "resolution 16, now 32"),
+        ("extract.samples_per_shard=6", "samples_per_shard 5, now 6"),
+        ("input.filter=nearest", 'filter "bicubic", now "nearest"'),
+        ('tokenizer.specials=["<|t2i|>"]', "vocab [["),
+    ],
+)
+def test_other_settings_are_refused(override, said, inputs, finished, tmp_path):
+    before = tree(finished)
+    with pytest.raises(ValueError) as error:
+        run(inputs, finished, override)
+    assert said in str(error.value)
+    assert str(finished / "extract.json") in str(error.value)
+    assert tree(finished) == before
+
+
+def test_another_tokenizer_and_other_captions_are_refused(inputs, finished, tmp_path):
+    train_sentencepiece([*CAPTIONS, "abc"], 40, tmp_path / "other.model")
+    with pytest.raises(ValueError, match="text_tokenizer"):
+        run(inputs, finished, f"tokenizer.text={tmp_path / 'other.model'}")
+    changed = (inputs / "captions.jsonl").read_text().replace("red", "green")
+    (tmp_path / "captions.jsonl").write_text(changed)
+    with pytest.raises(ValueError, match="captions_file"):
+        run(inputs, finished, f"input.captions={tmp_path / 'captions.jsonl'}")
+
+
+def test_a_foreign_dataset_is_not_touched(inputs, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "foreign")
+    (tmp_path / "foreign" / "extract.json").unlink()
+    with pytest.raises(ValueError, match=r"not made by vtrain\.extract"):
+        run(inputs, tmp_path / "foreign")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
+    (tmp_path / "broken.jsonl").write_text('{"image": "0.png", "caption": "x"}\n{"image": \n')
+    cases = {
+        f"input.captions={tmp_path / 'broken.jsonl'}": f"error: {tmp_path / 'broken.jsonl'}:2: not JSON",
+        "input.resolution=18": "error: input.resolution is 18; expected a multiple of 4 pixels",
+        f"tokenizer.text={tmp_path / 'none.model'}": f"error: {tmp_path / 'none.model'}: no such text tokenizer file",
+        "extract.sample_per_shard=4": "did you mean extract.samples_per_shard?",
+    }
+    for override, said in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            run_command(ExtractSettings, main, arguments(inputs, tmp_path / "out", override))
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing(inputs, tmp_path, capsys):
+    run_command(ExtractSettings, main, [*arguments(inputs, tmp_path / "out"), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "23 images" in said
+    assert "5 shards" in said
+    assert "'a red square' -> [" in said
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,71 @@
+"""Small datasets and settings that several tests train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vtrain.config import build
+from vtrain.data.format import SEGMENT, Modality, Role, Schema
+from vtrain.data.manifest import publish
+from vtrain.data.writer import ShardWriter
+from vtrain.settings import PretrainSettings
+from vtrain.vocab import Vocabulary
+
+VOCAB = Vocabulary.of(text=30, visual=16)
+SPECIALS = {"<|t2i|>": 26, "<|soi|>": 27, "<|eoi|>": 28, "<|pad|>": 29}
+
+
+def write_dataset(
+    folder: Path, samples: int, *, seed: int = 0, side: int = 3, vocab: Vocabulary = VOCAB, per_shard: int = 40, **schema
+) -> Path:
+    """A text-to-image dataset: two captions of 2..7 tokens and a side x side grid of codes that follows the caption."""
+    rng = np.random.default_rng(seed)
+    schema = Schema(vocab=vocab, specials=SPECIALS, **schema)
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = []
+    for number, first in enumerate(range(0, samples, per_shard)):
+        count = min(per_shard, samples - first)
+        with ShardWriter(folder / f"{number:05d}.vts", schema, uuid=bytes([number + seed] * 16)) as writer:
+            parts = [_sample(rng, side, vocab) for _ in range(count)]
+            ids = np.concatenate([p[0] for p in parts])
+            offsets = np.cumsum([0, *(len(p[0]) for p in parts)])
+            segments = np.concatenate([p[1] for p in parts])
+            keys = rng.integers(1, 2**63, count, dtype=np.uint64)
+            writer.append_batch(ids, offsets, segments, np.arange(count + 1) * 3, keys=keys)
+            infos.append(writer.close())
+    publish(folder, schema, infos)
+    return folder
+
+
+def _sample(rng: np.random.Generator, side: int, vocab: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    kind = int(rng.integers(0, 4))
+    captions = [np.append(rng.integers(8, 20, rng.integers(1, 7)), kind) for _ in range(2)]
+    codes = vocab["visual"].base + (kind * 4 + rng.integers(0, 2, side * side)) % vocab["visual"].size
+    ids = np.concatenate([*captions, codes]).astype(np.int64)
+    segments = np.zeros(3, dtype=SEGMENT)
+    segments["start"] = [0, len(captions[0]), len(captions[0]) + len(captions[1])]
+    segments["modality"] = [Modality.TEXT, Modality.TEXT, Modality.IMAGE]
+    segments["role"] = [Role.INPUT, Role.INPUT, Role.TARGET]
+    segments["variant"] = [0, 1, 0]
+    for name, value in (("t", 1), ("h", side), ("w", side)):
+        segments[name][2] = value
+    return ids, segments
+
+
+def pretrain_settings(out: Path, train_data: Path, valid_data: Path | None = None, **changes) -> PretrainSettings:
+    """A run of a two-layer decoder; `changes` are {"section": {"key": value}}."""
+    tree = {
+        "run": {"out": str(out), "device": "cpu", "seed": 3},
+        "model": {"preset": "digits", "layers": 2, "hidden": 32, "ffn": 48},
+        "data": {"sources": [{"path": str(train_data)}], "pack_tokens": 64, "prefetch": 1},
+        "optim": {"lr": 1e-2, "warmup": 2},
+        "train": {"steps": 6, "tokens_per_step": 256},
+        "log": {"every": 1, "sinks": []},
+    }
+    if valid_data is not None:
+        tree["eval"] = {"sources": [{"path": str(valid_data)}], "every": 3}
+    for section, keys in changes.items():
+        tree.setdefault(section, {}).update(keys)
+    return build(PretrainSettings, tree)

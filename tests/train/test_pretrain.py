@@ -1,0 +1,205 @@
+"""The pretraining job end to end on toy data: ranks, packing, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from toys import SPECIALS, VOCAB, pretrain_settings, write_dataset
+
+from vtrain.batch import Document, PackedBatch
+from vtrain.models.decoder import Decoder, DecoderConfig
+from vtrain.objectives.next_token import NextToken
+from vtrain.pretrain import main
+from vtrain.vocab import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write_dataset(folder / "train", 100), write_dataset(folder / "valid", 30, seed=1)
+
+
+def records(out: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in lines if r["kind"] == kind]
+
+
+EXACT = ("step", "loss", "loss/text", "loss/visual", "lr", "grad_norm", "tokens", "padding")
+
+
+def exact(out: Path) -> list[dict]:
+    return [{k: r[k] for k in EXACT} for r in records(out)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    run_ranks(1, main, pretrain_settings(out, *data, train={"steps": 20, "tokens_per_step": 256}))
+    return out
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree_with_one(data, one_rank, tmp_path, ranks):
+    out = tmp_path / "out"
+    run_ranks(ranks, main, pretrain_settings(out, *data, train={"steps": 20, "tokens_per_step": 256}))
+    mine, one = records(out), records(one_rank)
+    assert len(mine) == len(one) == 20
+    for name in ("loss", "loss/text", "loss/visual", "grad_norm"):
+        np.testing.assert_allclose([r[name] for r in mine], [r[name] for r in one], rtol=1e-5, atol=1e-5)
+    assert [r["tokens"] for r in mine] == [r["tokens"] for r in one]
+    for mine_eval, one_eval in zip(records(out, "eval"), records(one_rank, "eval")):
+        assert mine_eval["eval/valid/loss"] == pytest.approx(one_eval["eval/valid/loss"], abs=1e-5)
+    assert one[-1]["loss"] < one[0]["loss"] - 0.5
+
+
+def test_metrics_and_files(one_rank):
+    assert {"config.toml", "metrics.jsonl", "loss.png", "checkpoints", "final"} <= {p.name for p in one_rank.iterdir()}
+    assert {"config.json", "model.safetensors", "vocabulary.json"} <= {p.name for p in (one_rank / "final").iterdir()}
+    for r in records(one_rank):
+        assert r["loss"] == pytest.approx(  # token mean = parts weighted by their shares
+            r["loss/text"] + (r["loss/visual"] - r["loss/text"]) * visual_share(r), abs=1e-4
+        )
+    best = min(records(one_rank, "eval"), key=lambda r: r["eval/valid/loss"])
+    assert (one_rank / "checkpoints" / f"step-{best['step']:08d}").is_dir()
+
+
+def visual_share(record: dict) -> float:
+    return (record["loss"] - record["loss/text"]) / (record["loss/visual"] - record["loss/text"])
+
+
+def test_resume_is_bitwise_on_cpu(data, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    changes = {"checkpoint": {"every": 2, "keep": 0}}
+    run_ranks(2, main, pretrain_settings(straight, *data, **changes))
+    run_ranks(2, main, pretrain_settings(resumed, *data, **changes))
+    for step in (4, 6):  # as after a crash behind step 2: later checkpoints and the result never came to be
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(resumed / "checkpoints" / "step-00000003", ignore_errors=True)
+    shutil.rmtree(resumed / "final")
+    run_ranks(2, main, pretrain_settings(resumed, *data, **changes))
+    assert exact(resumed) == exact(straight)
+    assert [r["step"] for r in records(resumed)] == [1, 2, 3, 4, 5, 6]
+    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (resumed, straight))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_resume_on_other_ranks(data, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    main(pretrain_settings(straight, *data))
+    run_ranks(3, main, pretrain_settings(resumed, *data, checkpoint={"every": 3, "best": False}))
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    shutil.rmtree(resumed / "final")
+    run_ranks(2, main, pretrain_settings(resumed, *data, checkpoint={"every": 3, "best": False}))
+    np.testing.assert_allclose([r["loss"] for r in records(resumed)], [r["loss"] for r in records(straight)], rtol=1e-5)
+
+
+def test_finished_run_is_left_alone(one_rank, data, capsys):
+    before = (one_rank / "metrics.jsonl").read_bytes()
+    main(pretrain_settings(one_rank, *data, train={"steps": 20, "tokens_per_step": 256}))
+    assert "already trained to step 20" in capsys.readouterr().out
+    assert (one_rank / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"preset": "digits", "layers": 1, "hidden": 32, "ffn": 48}}, r"'layers': 2.*this run.*'layers': 1"),
+        ({"checkpoint": {"resume": "never"}}, "resume is never"),
+        ({"checkpoint": {"resume": "/nowhere/step-1"}}, "/nowhere/step-1: no such checkpoint"),
+        ({"train": {"steps": 5, "tokens_per_step": 256}}, "at step 20, past train.steps = 5"),
+        ({"train": {"steps": 20, "tokens_per_step": 128}}, "bins_per_step"),
+    ],
+)
+def test_refuses_another_run(one_rank, data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main(pretrain_settings(one_rank, *data, **{"train": {"steps": 20, "tokens_per_step": 256}, **changes}))
+
+
+def test_refuses_a_damaged_checkpoint(data, tmp_path):
+    out = tmp_path / "out"
+    main(pretrain_settings(out, *data))
+    path = out / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rank-00000.safetensors: found .*crc32c.*the manifest says"):
+        main(pretrain_settings(out, *data, train={"steps": 8, "tokens_per_step": 256}))
+
+
+@pytest.mark.parametrize(
+    ("schema", "differs"),
+    [({"vocab": Vocabulary.of(text=30, visual=18)}, "vocab"), ({"text_tokenizer": "abc"}, "text tokenizer")],
+)
+def test_refuses_sources_that_differ(data, tmp_path, schema, differs):
+    other = write_dataset(tmp_path / "other", 10, seed=2, **schema)
+    settings = pretrain_settings(
+        tmp_path / "out", data[0], data={"sources": [{"path": str(data[0])}, {"path": str(other)}], "pack_tokens": 64}
+    )
+    with pytest.raises(ValueError, match=differs) as error:
+        main(settings)
+    assert "train" in str(error.value)
+    assert "other" in str(error.value)
+
+
+def test_frozen_parameters_stay(data, tmp_path):
+    out = tmp_path / "out"
+    main(pretrain_settings(out, data[0], train={"steps": 2, "tokens_per_step": 256, "trainable": ["layers.1.*"]}))
+    trained = load_file(out / "final" / "model.safetensors")
+    main(pretrain_settings(tmp_path / "other", data[0], train={"steps": 3, "tokens_per_step": 256}))
+    moved = load_file(tmp_path / "other" / "final" / "model.safetensors")
+    start = Decoder(DecoderConfig(2, 32, 2, 2, 48, max_positions=1024), VOCAB)
+    start.init_weights(3)
+    expected = start.layers[0].down.detach()
+    assert torch.equal(trained["model.layers.0.mlp.down_proj.weight"], expected)
+    assert not torch.equal(moved["model.layers.0.mlp.down_proj.weight"], expected)
+    assert not torch.equal(trained["model.layers.1.mlp.down_proj.weight"], start.layers[1].down.detach())
+    with pytest.raises(ValueError, match=r"'layer.0.*' matches none of .* the nearest is"):
+        main(pretrain_settings(out, data[0], train={"steps": 2, "trainable": ["layer.0.*"], "tokens_per_step": 256}))
+
+
+def test_packed_equals_one_document_at_a_time():
+    model = Decoder(DecoderConfig(2, 32, 4, 2, 48, qk_norm=True), VOCAB)
+    rng = np.random.default_rng(0)
+    documents = [
+        Document(rng.integers(0, VOCAB.size, n).astype(np.int32), key=n + 1, loss=rng.random(n).astype(np.float32))
+        for n in (1, 7, 2, 19, 0, 5)
+    ]
+    objective = NextToken()
+    packed = PackedBatch.build(documents, VOCAB, pack_tokens=50, max_documents=9)
+    terms, stats = objective(model, packed)
+    terms["next_token"][0].backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    total, parts, count = 0.0, dict.fromkeys(stats, 0.0), 0.0
+    for document in documents:
+        if len(document):
+            batch = PackedBatch.build([document], VOCAB)
+            one, one_stats = objective(model, batch)
+            one["next_token"][0].backward()
+            total += one["next_token"][0].item()
+            count += batch.counts["next_token"]
+            parts = {n: parts[n] + one_stats[n].item() for n in parts}
+    assert terms["next_token"][0].item() == pytest.approx(total, rel=1e-5)
+    assert packed.counts["next_token"] == pytest.approx(count)
+    assert {n: s.item() for n, s in stats.items()} == pytest.approx(parts, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_dry_run_shows_a_batch_and_trains_nothing(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(pretrain_settings(out, *data), dry_run=True)
+    shown = capsys.readouterr().out
+    assert "train source train: 100 samples" in shown
+    assert "<|t2i|>" in shown
+    assert "visual[" in shown
+    assert not out.exists()
+    assert SPECIALS["<|soi|>"] == 27  # the piece that predicts the first code
