@@ -125,9 +125,7 @@ def slow_read(path: Path) -> tuple[dict, list[Sample]]:
     ids, off, sego, keys = numbers("TOK"), numbers("OFF"), numbers("SEGO"), numbers("KEY")
     assert len(ids) == tokens
     segments = list(struct.iter_unpack("<IBBBBHHHH", raw["SEG"][0]))
-    found = [
-        Sample(keys[n], ids[off[n] : off[n + 1]], segments[sego[n] : sego[n + 1]], None) for n in range(count)
-    ]
+    found = [Sample(keys[n], ids[off[n] : off[n + 1]], segments[sego[n] : sego[n + 1]], None) for n in range(count)]
     if "RUN" in raw:
         runs, runo = numbers("RUN"), numbers("RUNO")
         for n, sample in enumerate(found):
@@ -145,7 +143,7 @@ def rewrite_footer(path: Path, **changes) -> Footer:
 
 
 def overwrite(path: Path, offset: int, data: bytes, *, checksums: bool = False) -> None:
-    """Put bytes into a shard; `checksums` makes blocks, sections and footer agree with them, as a wrong writer would."""
+    """Put bytes into a shard; `checksums` makes blocks, sections and footer agree with them."""
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(data)
@@ -156,7 +154,5 @@ def overwrite(path: Path, offset: int, data: bytes, *, checksums: bool = False) 
     blocks = footer.sections["BCRC"]
     content[blocks.offset : blocks.offset + blocks.bytes] = crc32c_blocks(content[: blocks.offset], block).tobytes()
     path.write_bytes(content)
-    sections = {
-        id: replace(s, crc=crc32c(content[s.offset : s.offset + s.bytes])) for id, s in footer.sections.items()
-    }
+    sections = {id: replace(s, crc=crc32c(content[s.offset : s.offset + s.bytes])) for id, s in footer.sections.items()}
     rewrite_footer(path, sections=sections)

@@ -123,13 +123,6 @@ def _check_names(sources: tuple[Source | EvalSource, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
-    """How the loss of a step is averaged."""
-
-    norm: str = key("token", "every token counts the same, or every sample does", choices=("token", "sample"))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Optim:
     """The optimizer and its learning rate."""
 
@@ -157,7 +150,6 @@ class Train:
 class Parallel:
     """How a model is spread over ranks."""
 
-    shard: int = key(0, "ranks that hold one copy of the weights together (FSDP); 0 = all", min=0)
     dtype: str = key(
         "auto", "what is computed in; auto = bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32")
     )
@@ -215,7 +207,6 @@ class PretrainSettings:
     model: Model
     data: Data
     eval: Eval
-    loss: Loss
     optim: Optim
     train: Train
     parallel: Parallel
@@ -279,7 +270,7 @@ class Autoencoder:
     embed_dim: int = key(256, "width of a code (vq)", min=1)
     num_embeddings: int = key(8192, "number of codes (vq)", min=2)
     ema_decay: float = key(0.99, "decay of the codebook's running means (vq)", min=0, max=1)
-    dead_threshold: float = key(0.1, "codes used less than this in a step, as a running mean, start anew (vq)", min=0)
+    dead_threshold: float = key(0.1, "codes used less than this share of the mean use start anew (vq)", min=0)
     fsq_levels: tuple[int, ...] = key((8, 8, 8, 5, 5, 5), "levels of each dimension of a code (fsq)", min=2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels import _host
 from vkernels.host import flat_rows, to_numpy
@@ -82,6 +83,7 @@ class _SwiGlu(torch.autograd.Function):
             return _op(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return _backward_op(dy, *ctx.saved_tensors)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels import _host
 from vkernels.host import dense_heads, to_numpy
@@ -135,6 +136,42 @@ def _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_
     return dq, dk.transpose(0, 1).contiguous().to(k.dtype), dv.transpose(0, 1).contiguous().to(v.dtype)
 
 
+def _flash_takes(q, k, kv_lo, kv_hi):
+    """Whether torch's own packed flash attention can do it: causal, half precision, on a GPU that has it."""
+    return (
+        q.is_cuda
+        and kv_lo is None
+        and kv_hi is None
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] <= 256
+        and q.shape[2] % 8 == 0
+        and min(q.shape[0], k.shape[0]) > 0
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+    if not _flash_takes(q, k, kv_lo, kv_hi):
+        return _masked_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale)
+    cu_q, cu_k = cu_q.int(), cu_k.int()
+    # The operators under torch.nn.attention.varlen, which has no separate backward to call.
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale
+    )
+    return out, lse.masked_fill(lse == float("inf"), float("-inf"))  # its sign for a query without keys
+
+
+def _torch_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+    if not _flash_takes(q, k, kv_lo, kv_hi):
+        return _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    seed, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    grads = torch.ops.aten._flash_attention_backward(
+        do.contiguous(), q, k, v, out, lse, cu_q.int(), cu_k.int(), max_q, max_k, 0.0, True, seed, unused, scale=scale
+    )
+    return tuple(g.contiguous() for g in grads)
+
+
 def _int32(x):
     return None if x is None else to_numpy(x.to(torch.int32).contiguous())
 
@@ -179,7 +216,7 @@ _op = define(
     " Tensor? kv_lo, Tensor? kv_hi, float scale) -> (Tensor, Tensor)",
     fake=_fake_forward,
     cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
-    torch=Backend(_masked_forward, _masked_backward, anywhere),
+    torch=Backend(_torch_forward, _torch_backward, anywhere),
 )
 _backward_op = define_backward(
     "varlen_attention",
@@ -200,6 +237,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, _):
         q, k, v, out, lse, cu_q, cu_k, kv_lo, kv_hi = ctx.saved_tensors
         max_q, max_k, scale = ctx.numbers

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels.registry import (
     Backend,
@@ -20,7 +21,7 @@ from vkernels.registry import (
     on_cpu,
 )
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of one chunk's float32 logits
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one chunk's float32 logits; a second copy lives for a moment
 
 
 def linear_cross_entropy(
@@ -48,7 +49,7 @@ def linear_cross_entropy(
 
 
 def _chunk_rows(h, sizes):
-    limit = _CHUNK_BYTES.get(h.device.type, 64 << 20)
+    limit = _CHUNK_BYTES.get(h.device.type, 32 << 20)
     return max(1, limit // (4 * sum(sizes)))
 
 
@@ -102,7 +103,7 @@ def _forward(h, weights, bases, labels, sizes, row_weight, row_class):
     return torch.stack(sums), torch.stack(counts), lse
 
 
-def _backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse):
+def _backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted):
     acc = accumulate_dtype(h.dtype)
     column, kind = _label_columns(labels, bases, sizes)
     # What one unit of row t's loss is worth to the caller; 0 for ignored rows.
@@ -110,7 +111,7 @@ def _backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse
     if row_weight is not None:
         worth = worth * row_weight
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    dweights = [torch.zeros(w.shape, dtype=acc, device=w.device) for w in weights]
+    dweights = [torch.zeros_like(w, dtype=acc) if want else w.new_empty(0) for w, want in zip(weights, wanted)]
     step = _chunk_rows(h, sizes)
     for a in range(0, h.shape[0], step):
         rows = slice(a, a + step)
@@ -118,12 +119,13 @@ def _backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse
         dlogits.sub_(lse[rows].unsqueeze(1)).exp_().mul_(worth[rows].unsqueeze(1))
         dlogits.scatter_add_(1, column[rows].unsqueeze(1), -worth[rows].unsqueeze(1))
         dlogits = dlogits.to(h.dtype)
+        total = torch.zeros(dlogits.shape[0], h.shape[1], dtype=acc, device=h.device)
         start = 0
-        total = None
-        for w, dw, size in zip(weights, dweights, sizes):
+        for w, dw, want, size in zip(weights, dweights, wanted, sizes):
             part = dlogits[:, start : start + size]
-            dw[:size] += part.t() @ h[rows]
-            total = part @ w[:size] if total is None else total + part @ w[:size]
+            if want:
+                dw[:size] += part.t() @ h[rows]
+            total += part @ w[:size]
             start += size
         dh[rows] = total
     return [dh, *(dw.to(w.dtype) for dw, w in zip(dweights, weights))]
@@ -151,11 +153,11 @@ def _cpu_forward(h, weights, bases, labels, sizes, row_weight, row_class):
     return total, count, H.new_zeros(h.shape[0]).index_copy_(0, rows, some)
 
 
-def _cpu_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse):
+def _cpu_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted):
     rows = _scored_rows(labels, bases, sizes)
     H, W, labels, row_weight, row_class = _selected(h, weights, labels, row_weight, row_class, rows)
     some = lse.index_select(0, rows)
-    dh, *dweights = _backward(dsum, H, W, bases, labels, sizes, row_weight, row_class, some)
+    dh, *dweights = _backward(dsum, H, W, bases, labels, sizes, row_weight, row_class, some, wanted)
     return [h.new_zeros(h.shape).index_copy_(0, rows, dh.to(h.dtype)), *(d.to(w.dtype) for d, w in zip(dweights, weights))]
 
 
@@ -168,8 +170,8 @@ def _fake_forward(h, weights, bases, labels, sizes, row_weight, row_class):
     )
 
 
-def _fake_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse):
-    return [h.new_empty(h.shape), *(w.new_empty(w.shape) for w in weights)]
+def _fake_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted):
+    return [h.new_empty(h.shape), *(w.new_empty(w.shape if want else 0) for w, want in zip(weights, wanted))]
 
 
 _op = define(
@@ -183,7 +185,7 @@ _op = define(
 _backward_op = define_backward(
     "linear_cross_entropy",
     "(Tensor dsum, Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight,"
-    " Tensor? row_class, Tensor lse) -> Tensor[]",
+    " Tensor? row_class, Tensor lse, bool[] wanted) -> Tensor[]",
     fake=_fake_backward,
 )
 
@@ -199,11 +201,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, count, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dsum, *_):
         h, labels, row_weight, row_class, lse, *weights = ctx.saved_tensors
         bases, sizes = ctx.layout
-        dh, *dweights = _backward_op(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse)
-        return dh, None, None, None, None, None, *dweights
+        wanted = list(ctx.needs_input_grad[6:])  # a frozen range's gradient is not computed
+        dh, *dweights = _backward_op(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted)
+        return dh, None, None, None, None, None, *(dw if want else None for dw, want in zip(dweights, wanted))
 
 
 def _pack(h, weights, bases, labels, sizes, row_weight=None, row_class=None):

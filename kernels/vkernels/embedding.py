@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels import _host
 from vkernels.host import to_numpy
@@ -65,6 +66,8 @@ def _cpu_backward(dy, ids, bases, sizes, rows):
     dy_, ids_ = to_numpy(dy.to(acc).contiguous()), to_numpy(ids.long().contiguous())
     grads = [torch.zeros(n, dy.shape[1], dtype=acc) for n in rows]
     for grad, base, size in zip(grads, bases, sizes):
+        if len(grad) == 0:
+            continue
         _host.add_rows(dy_, ids_, base, size, to_numpy(grad), torch.get_num_threads())
     return [g.to(dy.dtype) for g in grads]
 
@@ -87,13 +90,16 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, bases, sizes, *tables):
         ctx.save_for_backward(ids)
-        ctx.layout = bases, sizes, [t.shape[0] for t in tables]
+        # A frozen table is worth no work: it asks for a gradient of no rows.
+        ctx.layout = bases, sizes, [t.shape[0] if t.requires_grad else 0 for t in tables]
         with below_autograd():
             return _op(ids, list(tables), bases, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        return None, None, None, *_backward_op(dy, *ctx.saved_tensors, *ctx.layout)
+        grads = _backward_op(dy, *ctx.saved_tensors, *ctx.layout)
+        return None, None, None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[3:]))
 
 
 define_autograd("embed", _Embed, pack=lambda ids, tables, bases, sizes: (ids, bases, sizes, *tables))

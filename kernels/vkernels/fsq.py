@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels.registry import (
     Backend,
@@ -116,6 +117,7 @@ class _FsqQuantize(torch.autograd.Function):
         return codes, ids
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dcodes, _):
         return _quantize_grad(dcodes, *ctx.saved_tensors, ctx.levels), None
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 
 def to_numpy(x: torch.Tensor):
-    """A numpy view that shares memory, also of a tensor that requires a gradient."""
-    return x.detach().numpy()
+    """A numpy view that shares memory, also of a tensor that requires a gradient.
+
+    It goes through an alias: `x.numpy()` itself would forbid for good to resize the storage of `x`, and FSDP does that.
+    """
+    return from_dlpack(to_dlpack(x.detach())).numpy()
 
 
 def flat_rows(x: torch.Tensor) -> torch.Tensor:

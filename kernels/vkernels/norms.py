@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels import _host
 from vkernels.host import flat_rows, to_numpy
@@ -88,6 +89,7 @@ class _RmsNorm(torch.autograd.Function):
         return y, rstd
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, _):
         dx, dweight = _backward_op(dy, *ctx.saved_tensors)
         return dx, dweight, None

@@ -90,6 +90,11 @@ def _requires_grad(args: Sequence) -> bool:
     return False
 
 
+def ops() -> tuple[str, ...]:
+    """The names of all ops."""
+    return tuple(sorted(_table))
+
+
 def backends(op: str) -> tuple[str, ...]:
     """The names of an op's backends, the preferred one first."""
     return tuple(_of(op))
@@ -122,7 +127,7 @@ def _choose(op: str, device: torch.device) -> str:
 
 def _of(op: str) -> dict[str, Backend]:
     if op not in _table:
-        raise ValueError(f"vkernels has no op {op!r}; it has {', '.join(sorted(_table))}")
+        raise ValueError(f"vkernels has no op {op!r}; it has {', '.join(ops())}")
     return _table[op]
 
 
@@ -148,7 +153,8 @@ class force:  # noqa: N801  (reads as a verb at every call)
 
 def _set(op: str, backend: str | None) -> None:
     if backend is None:
-        _forced.pop(_of(op) and op, None)
+        _of(op)  # an unknown op is an error here too
+        _forced.pop(op, None)
     else:
         _forced[op] = backend
     for key in [key for key in _chosen if key[0] == op]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def test_the_bytes_of_the_format_are_pinned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), [(1, "u1"), (255, "u1"), (256, "u1"), (257, "<u2"), (65536, "<u2"), (65537, "<u4"), (2**31, "<u4")]
+    ("size", "dtype"),
+    [(1, "u1"), (255, "u1"), (256, "u1"), (257, "<u2"), (65536, "<u2"), (65537, "<u4"), (2**31, "<u4")],
 )
 def test_the_smallest_dtype_that_holds_the_ids_is_chosen(size, dtype):
     assert format.id_dtype_for(size) == np.dtype(dtype)
@@ -54,13 +56,11 @@ def test_length_bins_are_two_per_octave():
 def test_every_flipped_byte_of_a_page_is_refused_at_opening(shard, where):
     data = bytearray(shard.read_bytes())
     page = data[:PAGE] if where == "header" else data[-PAGE:]
+    unpack = format.unpack_header if where == "header" else partial(format.unpack_footer, file_bytes=len(data))
     for at in range(PAGE):
         page[at] ^= 0x40
         with pytest.raises(ShardError, match=where):
-            if where == "header":
-                format.unpack_header(bytes(page), "x")
-            else:
-                format.unpack_footer(bytes(page), "x", len(data))
+            unpack(bytes(page), "x")
         page[at] ^= 0x40
 
 

@@ -37,7 +37,11 @@ def test_what_is_appended_is_in_the_file(tmp_path, size, data):
         found = [Sample(s.key, s.ids, s.segments, s.runs or []) for s in found]
     assert stored == found
     assert schema == Schema(vocab).to_json()
-    assert (info.samples, info.tokens, info.bytes) == (len(found), sum(len(s.ids) for s in found), os.stat(path).st_size)
+    assert (info.samples, info.tokens, info.bytes) == (
+        len(found),
+        sum(len(s.ids) for s in found),
+        os.stat(path).st_size,
+    )
     assert verify(path) == []
     assert os.listdir(tmp_path) == ["a.vts"]
 
@@ -110,7 +114,10 @@ def _segment(start, modality=Modality.TEXT, role=Role.INPUT, flags=0, grid=(0, 0
 IMAGE = Modality.IMAGE
 REFUSED = {
     "text id in the visual range": (Sample(5, [1, 40], [_segment(0)]), "token 1 is id 40; .* text segments: 0..39"),
-    "text id in a picture": (Sample(5, [40, 63, 39], [_segment(0, IMAGE)]), "token 2 is id 39; .* image segments: 40..63"),
+    "text id in a picture": (
+        Sample(5, [40, 63, 39], [_segment(0, IMAGE)]),
+        "token 2 is id 39; .* image segments: 40..63",
+    ),
     "id after the vocabulary": (Sample(5, [64], [_segment(0, IMAGE)]), "token 0 is id 64; .*: 40..63"),
     "negative id": (Sample(5, [3, -1], [_segment(0)]), "token 1 is id -1"),
     "id without segment": (Sample(5, [0, 63, 64]), "token 2 is id 64; expected one of the vocabulary: 0..63"),
@@ -121,7 +128,10 @@ REFUSED = {
     "unknown modality": (Sample(5, [1], [_segment(0, 5)]), r"modality 5,.*expected modality 0 \(text\), 1 \(image\)"),
     "unknown role": (Sample(5, [1], [_segment(0, role=6)]), r"role 6,.*expected role 0 \(input\)"),
     "unknown flag": (Sample(5, [1], [_segment(0, flags=2)]), r"flags 2,.*expected flags 1 \(merged\)"),
-    "grid of another size": (Sample(5, [40] * 6, [_segment(0, IMAGE, grid=(1, 2, 2))]), "segment 0 has 6 tokens.*t 1, h 2"),
+    "grid of another size": (
+        Sample(5, [40] * 6, [_segment(0, IMAGE, grid=(1, 2, 2))]),
+        "segment 0 has 6 tokens.*t 1, h 2",
+    ),
     "half a grid": (Sample(5, [40] * 6, [_segment(0, IMAGE, grid=(0, 2, 3))]), r"expected t \* h \* w tokens"),
     "overflowing grid": (Sample(5, [], [_segment(0, IMAGE, grid=(65535, 65535, 65535))]), "expected t"),
     "short runs": (Sample(5, [1, 2, 3], [], [(1, 0), (1, 1)]), "RUN: loss runs of 2 tokens; expected 3 or none"),
@@ -199,8 +209,9 @@ def test_bad_options_are_refused_before_a_file_exists(tmp_path, options, message
 
 
 def test_an_error_leaves_neither_the_shard_nor_its_temporary(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
-        assert os.listdir(tmp_path) == [f".tmp-{'00' * 16}"]
+    writer = ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16))
+    assert os.listdir(tmp_path) == [f".tmp-{'00' * 16}"]
+    with pytest.raises(RuntimeError), writer:
         raise RuntimeError("the caller fails")
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="abandoned"):
@@ -214,7 +225,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(OSError, match="File too large"), ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as w:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as w,
+        ):
             w.append_batch(*arguments, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -5,18 +5,28 @@ import torch.nn.functional as F
 from vtrain.objectives.autoencoder import AutoencoderObjective
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
+TINY = {
+    "resolution": 8,
+    "base_channels": 8,
+    "channel_multiplier": (1, 2),
+    "num_res_blocks": 1,
+    "latent_channels": 8,
+    "attention": False,
+    "embed_dim": 4,
+    "num_embeddings": 16,
+    "ema_decay": 0.9,
+}
 
-def made(seed=0, **changes):
-    torch.manual_seed(seed)
-    options = dict(resolution=8, base_channels=8, channel_multiplier=(1, 2), num_res_blocks=1, latent_channels=8)
-    options |= dict(embed_dim=4, num_embeddings=16, ema_decay=0.9, attention=False)
-    return Autoencoder(AutoencoderConfig(**{**options, **changes}))
+
+def made(**changes):
+    torch.manual_seed(0)
+    return Autoencoder(AutoencoderConfig(**{**TINY, **changes}))
 
 
 def smooth_pictures(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 3, 3, generator=generator) * 2 - 1
-    return F.interpolate(coarse, size=(8, 8), mode="bilinear")
+    coarse = torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1
+    return F.interpolate(coarse, size=(8, 8), mode="bilinear").repeat(1, 3, 1, 1)
 
 
 def weighted(terms, images):
@@ -43,7 +53,7 @@ def test_terms_are_sums_of_image_means():
 
 
 def train_step(model, step, parts):
-    """One step over 8 images and the gradient it leaves; `parts` lists the images (or -1, padding) of each micro-batch."""
+    """One step over 8 images and the gradient it leaves. `parts`: the images of each micro-batch, -1 = padding."""
     objective = AutoencoderObjective()
     images, keys = smooth_pictures(8, seed=step), torch.arange(8) + 8 * step
     model.zero_grad()
@@ -80,19 +90,19 @@ def test_micro_batches_and_padding_change_nothing(parts):
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq"])
 def test_some_steps_lower_the_error(quantizer):
-    model = made(quantizer=quantizer, fsq_levels=(4, 3, 3))
+    model = made(base_channels=16, quantizer=quantizer, fsq_levels=(4, 3, 3))
     objective = AutoencoderObjective()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    images, keys = smooth_pictures(64), torch.arange(64)
+    images, keys = smooth_pictures(32), torch.arange(32)
     errors = []
-    for step in range(60):
+    for step in range(45):
         terms, stats = objective(model, images, keys)
         optimizer.zero_grad()
-        weighted(terms, images=64).backward()
+        weighted(terms, images=32).backward()
         optimizer.step()
         usage = model.end_step(step)
-        errors.append(float(stats["mse"]) / 64)
-    assert sum(errors[-5:]) < 0.4 * sum(errors[:5])
+        errors.append(float(stats["mse"]) / 32)
+    assert sum(errors[-5:]) < 0.25 * sum(errors[:5])
     assert int(usage["codes_used"]) >= 12
 
 

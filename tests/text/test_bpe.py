@@ -113,6 +113,22 @@ def test_tokenizer_json_equals_hugging_face(variant, tmp_path):
     assert_equal(ours, theirs, [*SENTENCES, "", *fuzz(300, seed=1)])
 
 
+def test_several_merges_make_the_same_token(tmp_path):
+    """The merge listed first wins, not the leftmost place: "aa a aa" becomes "aa" + "aaa"."""
+    table = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256)))
+    table |= {"aa": 256, "aaa": 257, "aaaa": 258, "ab": 259, "aab": 260}
+    merges = [("a", "aa"), ("a", "a"), ("aa", "a"), ("aa", "b"), ("aa", "aa"), ("a", "ab"), ("a", "b"), ("aaa", "a")]
+    for seed in range(20):
+        random.Random(seed).shuffle(merges)
+        theirs = Tokenizer(models.BPE(vocab=table, merges=merges))
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = decoders.ByteLevel()
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        rng = random.Random(seed)
+        texts = ["a" * n for n in range(1, 24)] + ["".join(rng.choices("aaab", k=12)) for _ in range(100)]
+        assert_equal(load_text_tokenizer(tmp_path, specials=()), theirs, texts)
+
+
 @pytest.mark.parametrize("variant", ["qwen", "llama3", "all_splits"])
 def test_ten_thousand_strings(variant, tmp_path):
     theirs = VARIANTS[variant]()
@@ -121,17 +137,17 @@ def test_ten_thousand_strings(variant, tmp_path):
 
 
 ADDED = {
-    "<|im_start|>": dict(special=True, normalized=False),
-    "<|im_start|>x": dict(special=True, normalized=False),  # the longer of two wins
-    "<image>": dict(special=False, normalized=False),
-    "caf\u00e9": dict(special=False, normalized=True),
-    "A\u030ang": dict(special=False, normalized=True),  # not in normal form C itself
-    "<mask>": dict(special=True, normalized=False, lstrip=True),
-    "</s>": dict(special=True, normalized=False, rstrip=True),
-    "<both>": dict(special=False, normalized=True, lstrip=True, rstrip=True),
-    "word": dict(special=False, normalized=True, single_word=True),
-    "\n\n\n": dict(special=False, normalized=False),
-    "the": dict(special=False, normalized=False, single_word=True),
+    "<|im_start|>": {"special": True, "normalized": False},
+    "<|im_start|>x": {"special": True, "normalized": False},  # the longer of two wins
+    "<image>": {"special": False, "normalized": False},
+    "caf\u00e9": {"special": False, "normalized": True},
+    "A\u030ang": {"special": False, "normalized": True},  # not in normal form C itself
+    "<mask>": {"special": True, "normalized": False, "lstrip": True},
+    "</s>": {"special": True, "normalized": False, "rstrip": True},
+    "<both>": {"special": False, "normalized": True, "lstrip": True, "rstrip": True},
+    "word": {"special": False, "normalized": True, "single_word": True},
+    "\n\n\n": {"special": False, "normalized": False},
+    "the": {"special": False, "normalized": False, "single_word": True},
 }
 
 

@@ -8,11 +8,20 @@ import torch
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
+TINY = {
+    "resolution": 8,
+    "base_channels": 8,
+    "channel_multiplier": (1, 2),
+    "num_res_blocks": 1,
+    "latent_channels": 6,
+    "embed_dim": 5,
+    "num_embeddings": 11,
+}
+
 
 def made(**changes):
     torch.manual_seed(3)
-    options = dict(resolution=8, base_channels=8, channel_multiplier=(1, 2), num_res_blocks=1, latent_channels=6)
-    model = Autoencoder(AutoencoderConfig(**{**options, "embed_dim": 5, "num_embeddings": 11, **changes}))
+    model = Autoencoder(AutoencoderConfig(**{**TINY, **changes}))
     if model.config.quantizer == "vq":
         model.quantize.embedding.weight.normal_()
     return ImageTokenizer(model)

@@ -133,7 +133,17 @@ def test_a_step_with_fewer_latents_than_dead_codes():
     torch.testing.assert_close(quantizer.embedding.weight[:4], first_candidates(0, z, keys, 4), rtol=0, atol=0)
     assert quantizer.embedding.weight[4:].abs().max() == 0
     quantizer(*step_images(1))
-    assert int(quantizer.end_step(1)["codes_reset"]) >= 4
+    assert int(quantizer.end_step(1)["codes_reset"]) > 0
+    assert quantizer.embedding.weight.abs().amax(1).min() > 0
+
+
+def test_the_first_step_hands_latents_through():
+    quantizer = VectorQuantizer(K, D)
+    z = step_images(0)[0].requires_grad_()
+    quantized, _, commitment = quantizer(z)
+    assert torch.equal(quantized, z)
+    assert commitment.abs().max() == 0
+    assert torch.equal(torch.autograd.grad(quantized.sum(), z)[0], torch.ones_like(z))
 
 
 @pytest.mark.parametrize("parts", [(12,), (5, 7), (1, 1, 10), (4, 4, 4)])

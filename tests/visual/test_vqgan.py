@@ -7,14 +7,20 @@ import torch.nn.functional as F
 
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
-TINY = dict(
-    resolution=16, base_channels=8, channel_multiplier=(1, 1, 2), num_res_blocks=2, latent_channels=6, embed_dim=5
-)
+TINY = {
+    "resolution": 16,
+    "base_channels": 8,
+    "channel_multiplier": (1, 1, 2),
+    "num_res_blocks": 2,
+    "latent_channels": 6,
+    "embed_dim": 5,
+    "num_embeddings": 11,
+}
 
 
 def tiny(**changes):
     torch.manual_seed(0)
-    model = Autoencoder(AutoencoderConfig(**{**TINY, "num_embeddings": 11, **changes}))
+    model = Autoencoder(AutoencoderConfig(**{**TINY, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)

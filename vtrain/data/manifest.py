@@ -117,7 +117,7 @@ def _shard_info(row: dict, path: Path) -> ShardInfo:
     if sorted(row) != sorted(names):
         raise ShardError(f"{path}: shards: an entry has {', '.join(sorted(row))}; expected {', '.join(sorted(names))}")
     info = ShardInfo(**row)
-    if Path(info.file).name != info.file or min(info.samples, info.tokens, info.bytes) < 0:
+    if not info.file or info.file[0] == "." or "/" in info.file or min(info.samples, info.tokens, info.bytes) < 0:
         raise ShardError(f"{path}: shards: entry {info}; expected a plain file name and counts >= 0")
     return info
 

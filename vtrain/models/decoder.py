@@ -200,16 +200,16 @@ class Decoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             local, first = local_rows(parameter)
-            part, leaf = name.split(".")[0], name.rsplit(".")[-1]
             if parameter.ndim == 1:
-                local.fill_(0.0 if leaf.endswith("bias") else 1.0)
+                local.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = self.config.init_std
-            if leaf in ("out", "down"):
+            if name.endswith((".out", ".down")) and name.startswith("layers."):
                 std /= math.sqrt(2 * self.config.layers)
             fill_normal_rows(local, rng.fold(seed, name), first, std)
-            if part in ("embed", "head"):
-                local[max(self.vocab[leaf].size - first, 0) :] = 0.0
+            if name.startswith(("embed.", "head.")):
+                size = self.vocab[name.split(".")[1]].size
+                local[max(size - first, 0) :] = 0.0
 
 
 def rope_tables(positions: torch.Tensor, config: DecoderConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from vtrain.text.added import AddedToken
 from vtrain.text.bpe import GPT2_SPLIT, QWEN2_SPLIT, MergeModel, RankModel
@@ -196,7 +197,11 @@ def _split_pattern(path: Path, pre: dict | None) -> str:
     pattern = parts[0].get("pattern")
     if not isinstance(pattern, dict) or not isinstance(pattern.get("Regex"), str):
         raise ValueError(f"{path}: pre_tokenizer.pattern is {_shown(pattern)}; expected a Regex")
-    return pattern["Regex"]
+    try:
+        return regex.compile(pattern["Regex"]).pattern
+    except regex.error as error:
+        shown = _shown(pattern["Regex"])
+        raise ValueError(f"{path}: pre_tokenizer.pattern {shown} is not a regular expression: {error}") from None
 
 
 def _normal_forms(path: Path, value: dict | None) -> list[str]:

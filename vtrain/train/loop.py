@@ -7,6 +7,7 @@ and ranks; clip; update; end the step.
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,9 @@ class Task(Protocol):
 
     def end_step(self, step: int) -> dict[str, torch.Tensor]:
         """After the updates of a step; device scalars for the log."""
+
+    def show(self, step: int) -> None:
+        """Pictures of how it goes, at the steps the task chooses."""
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """{source: {"loss": mean, ...}}; empty when there is nothing to evaluate on."""
@@ -125,6 +129,7 @@ class _Run:
             improved = False
             if every.eval.every and (last or self.step % every.eval.every == 0):
                 improved = self._evaluate()
+            self.task.show(self.step)
             due = every.checkpoint.every and self.step % every.checkpoint.every == 0
             if last or due or (improved and every.checkpoint.best):
                 self._save()
@@ -263,6 +268,7 @@ def _global_counts(counts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _check_identity(source: Path, found: dict, expected: dict) -> None:
+    expected = json.loads(json.dumps(expected))  # tuples as the checkpoint has them: lists
     names = sorted(found.keys() | expected.keys())
     differences = [
         f"{n}: checkpoint {found.get(n)}, this run {expected.get(n)}" for n in names if found.get(n) != expected.get(n)

@@ -7,6 +7,7 @@ Legend: B images, h x w codes each, N = B*h*w latents, K codes, D code width, W 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,8 +34,8 @@ class VectorQuantizer(nn.Module):
 
     A code whose averaged use falls below `dead_threshold` times the fair share (latents per step / K) restarts as a
     latent of the step, drawn by the counter RNG on (seed, step, image key, position). Before the first step all codes
-    are dead, so the codebook begins as K latents of the data; in that first step `forward` hands the latents through (the
-    same vector everywhere would meet norms of zero variance, and gradients without bound).
+    are dead, so the codebook begins as K latents of the data; until then `forward` hands the latents through (one code
+    everywhere would meet norms of zero variance, whose gradients have no bound).
     """
 
     training_state = ("cluster_size", "embed_sum", "step")
@@ -127,8 +128,8 @@ class VectorQuantizer(nn.Module):
         self.step.zero_()
 
     def _untouched(self) -> torch.Tensor:
-        """Whether there is no codebook yet (a device scalar)."""
-        return self.cluster_size.sum() == 0
+        """Whether there is no codebook yet, only zeros (a device scalar)."""
+        return ~self.embedding.weight.any()
 
     @torch.no_grad()
     def _gather(
@@ -180,7 +181,7 @@ class FiniteScalarQuantizer(nn.Module):
     def __init__(self, levels: Sequence[int]):
         super().__init__()
         self.levels = list(levels)
-        self.num_codes = int(torch.tensor(self.levels).prod())
+        self.num_codes = math.prod(self.levels)
         self.register_buffer("step_counts", torch.zeros(self.num_codes), persistent=False)
 
     def forward(

@@ -17,9 +17,20 @@ from torch import nn
 
 from vtrain.visual.quantizer import FiniteScalarQuantizer, VectorQuantizer
 
-
-_LEAST = dict(resolution=1, in_channels=1, base_channels=1, channel_multiplier=1, num_res_blocks=1, latent_channels=1)
-_LEAST |= dict(norm_groups=0, embed_dim=1, num_embeddings=1, ema_decay=0, dead_threshold=0, fsq_levels=2)
+_LEAST = {
+    "resolution": 1,
+    "in_channels": 1,
+    "base_channels": 1,
+    "channel_multiplier": 1,
+    "num_res_blocks": 1,
+    "latent_channels": 1,
+    "norm_groups": 0,
+    "embed_dim": 1,
+    "num_embeddings": 1,
+    "ema_decay": 0,
+    "dead_threshold": 0,
+    "fsq_levels": 2,
+}
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,30 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <exception>
 #include <memory>
 #include <new>
-#include <string>
 #include <thread>
 #include <vector>
 
 namespace py = pybind11;
 
-// 2: AVX-512, 1: AVX2 with FMA, 0: what every machine of this kind has. VKERNELS_ISA lowers it (for tests).
-inline int isa_level() {
-    static const int level = [] {
-        int found = 0;
+// The instruction set in use: 2 AVX-512, 1 AVX2 with FMA, 0 what every machine of this kind has.
+inline int widest_isa() {
+    int found = 0;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found = 1;
-        if (found && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-            found = 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found = 1;
+    if (found && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        found = 2;
 #endif
-        const char* wish = std::getenv("VKERNELS_ISA");
-        return wish && wish[0] >= '0' && wish[0] <= '2' && wish[0] - '0' < found ? wish[0] - '0' : found;
-    }();
+    return found;
+}
+inline int& isa_level() {
+    static int level = widest_isa();
     return level;
 }
 
-// Run work(item, thread) for every item; items are handed out in order, one at a time. An exception ends the process:
-// kernels do not throw.
+// Run work(item, thread) for every item; items are handed out in order, one at a time. Work must not throw.
 template <class Work>
 void parallel_for(int64_t items, int threads, const Work& work) {
     if (threads > items) threads = static_cast<int>(items);

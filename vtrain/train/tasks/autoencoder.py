@@ -13,14 +13,17 @@ from vtrain.data.sources.image_folder import ImageFolder, Record
 from vtrain.dist.comm import sum_over_ranks
 from vtrain.dist.fsdp import full, shard
 from vtrain.dist.mesh import World
+from vtrain.generate.grid import draw_grid
 from vtrain.objectives.autoencoder import AutoencoderObjective
 from vtrain.settings import AutoencoderSettings, Images
 from vtrain.train.loop import Work
 from vtrain.train.optim import AdamW
 from vtrain.train.tasks.root import Root, compute_dtype
-from vtrain.visual.preprocess import center_crop_resize, load_image
+from vtrain.visual.preprocess import center_crop_resize, load_image, to_uint8
 from vtrain.visual.tokenizer import save_image_tokenizer
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
+
+SHOWN = 16  # held-out images in the picture of reconstructions
 
 
 class Plan:
@@ -111,6 +114,26 @@ class AutoencoderTask:
 
     def end_step(self, step: int) -> dict[str, torch.Tensor]:
         return self.model.end_step(step)
+
+    def show(self, step: int) -> None:
+        """After an evaluation: the first held-out images above what is left of them, `out/reconstructions.png`."""
+        every = self.settings.eval.every
+        if not self.plan.eval_records or not every or step % every:
+            return
+        loader = self.plan.loader(self.plan.eval_records[:SHOWN], 0, 1)
+        batch = next(loader.sequential()).to(self.world.device, self.dtype)
+        images = batch.images[: batch.count]
+        self.root.eval()
+        self.root.unshard()
+        with torch.no_grad():
+            restored = self.model(images)[0]
+        self.root.reshard()
+        self.root.train()
+        if self.world.main:
+            rows = [list(to_uint8(images)), list(to_uint8(restored))]
+            draw_grid(["held out", f"restored, step {step}"], rows).save(
+                Path(self.settings.run.out) / "reconstructions.png"
+            )
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Means over the held-out images: the loss, its terms and the pixel errors."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,15 @@ from vtrain.dist.fsdp import full, shard
 from vtrain.dist.mesh import World
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.models.flops import peak_flops, train_flops
-from vtrain.models.hf import export_hf, import_hf, read_hf_config
+from vtrain.models.hf import copy_parameters, export_hf, import_hf, read_hf_config
 from vtrain.models.presets import from_hf_config, preset
 from vtrain.objectives.next_token import NextToken
 from vtrain.settings import PretrainSettings
 from vtrain.train.freeze import apply_trainable
 from vtrain.train.loop import Work
 from vtrain.train.optim import AdamW
-from vtrain.train.tasks.root import Root, compute_dtype, fill
+from vtrain.train.pictures import PictureDrawer
+from vtrain.train.tasks.root import Root, compute_dtype
 from vtrain.vocab import Vocabulary
 
 ASSETS = ("text_tokenizer", "image_tokenizer")  # folders of a dataset that its models need to be used
@@ -42,7 +43,9 @@ class Plan:
         self.sources = [Source(Dataset(s.path), s.weight, s.name, s.max_epochs or None) for s in data.sources]
         self.vocab: Vocabulary = self.sources[0].dataset.schema.vocab
         self.eval_sources = [Source(Dataset(s.path), 1.0, s.name) for s in settings.eval.sources]
-        check_sources([*self.sources, *self.eval_sources], self.vocab)
+        check_sources(self.sources, self.vocab)
+        for source in self.eval_sources:  # one by one: a held-out set may have the name of the set it was cut from
+            check_sources([self.sources[0], Source(source.dataset, name=f"eval {source.name}")], self.vocab)
         self.config = _decoder_config(settings)
 
     @property
@@ -111,6 +114,12 @@ class PretrainTask:
         self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device)) if on_gpu else None
         self.loader = self.plan.loader(world.rank, world.size, PackedBatch.pin_memory if on_gpu else None)
         self.steps: Iterator | None = None
+        self.pictures: PictureDrawer | None = None
+        if settings.sample.every:
+            dataset = self.plan.sources[0].dataset
+            self.pictures = PictureDrawer(
+                settings.sample, dataset.path, Path(settings.run.out), settings.run.seed, world
+            )
         self.root = self._build()
         o = settings.optim
         adamw = AdamW(self.root.named_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
@@ -125,7 +134,7 @@ class PretrainTask:
         root.to_empty(device=self.world.device)
         seed = self.settings.run.seed
         if self.settings.model.init:
-            fill(model, import_hf(self.settings.model.init, self.config, self.vocab, seed=seed), self.world)
+            copy_parameters(model, import_hf(self.settings.model.init, self.config, self.vocab, seed=seed))
         else:
             model.init_weights(seed)
         return root
@@ -157,6 +166,10 @@ class PretrainTask:
     def end_step(self, step: int) -> dict[str, torch.Tensor]:
         return {}
 
+    def show(self, step: int) -> None:
+        if self.pictures is not None and step % self.settings.sample.every == 0:
+            self.pictures.draw(self.root, self.model, step)
+
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Mean loss per source, in all and per vocabulary range; every sample counts once over all ranks."""
         return {s.name: self._evaluate_source(s.dataset) for s in self.plan.eval_sources}
@@ -173,12 +186,14 @@ class PretrainTask:
             world=world.size,
             overlong=data.overlong,
         )
-        limit = -(-self.settings.eval.batches // world.size) or None
+        limit = self.settings.eval.batches or sys.maxsize  # over all ranks
         names = ("next_token", *self.vocab.names)
         sums = torch.zeros(len(names), dtype=torch.float64)
         counts = np.zeros(len(names))
-        for batch in islice(batches, limit):
+        for first, batch in zip(range(0, limit, world.size), batches):
             terms, stats = self.root(batch.to(world.device))
+            if first + world.rank >= limit:  # this rank only keeps the others company
+                continue
             found = {"next_token": terms["next_token"][0], **stats}
             sums += torch.stack([found[n] for n in names]).double().cpu()
             counts += [batch.counts[n] for n in names]

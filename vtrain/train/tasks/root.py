@@ -1,13 +1,10 @@
-"""What every task does with its model: join it with the objective, shard, allocate, fill."""
+"""What every task does with its model: join it with the objective, and choose what it computes in."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from vtrain.dist.fsdp import local, local_rows
 from vtrain.dist.mesh import World
 
 
@@ -27,16 +24,3 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
     names = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32}
     names |= {"fp32": torch.float32, "bf16": torch.bfloat16}
     return names[name]
-
-
-def fill(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], world: World) -> None:
-    """Copy whole tensors into this rank's shards of parameters; ValueError lists parameters that got none."""
-    targets = dict(model.named_parameters())
-    left = set(targets)
-    with torch.no_grad():
-        for name, tensor in tensors:
-            first, stop = local_rows(tensor.shape[0], world)
-            local(targets[name]).copy_(tensor[first:stop])
-            left.discard(name)
-    if left:
-        raise ValueError(f"no weights for {', '.join(sorted(left))}")

@@ -1,0 +1,179 @@
+"""`python -m vtrain.shards`: what it prints, what it draws, and its exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_model import Sample, overwrite, write_shard
+
+from vtrain.data import manifest
+from vtrain.data.format import Modality, Role, Schema, SegmentFlag, read_pages
+from vtrain.data.reader import Dataset, Shard
+from vtrain.shards import decode_pictures, main
+from vtrain.text import load_text_tokenizer, train_sentencepiece
+from vtrain.visual import ImageTokenizer, load_image_tokenizer
+from vtrain.visual.preprocess import to_uint8
+from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
+from vtrain.vocab import Vocabulary
+
+CAPTIONS = [f"a picture of the digit {word}" for word in ("zero", "one", "two", "three", "four")]
+CONFIG = AutoencoderConfig(
+    resolution=8,
+    base_channels=8,
+    channel_multiplier=(1, 1),
+    num_res_blocks=1,
+    latent_channels=8,
+    attention=False,
+    embed_dim=4,
+    num_embeddings=16,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, codes [5,4,4]): five captioned pictures in two shards, and both tokenizers."""
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    folder.mkdir()
+    train_sentencepiece(CAPTIONS * 5, 60, folder.parent / "text.model")
+    text = load_text_tokenizer(folder.parent / "text.model")
+    text.save(folder / "text_tokenizer")
+    torch.manual_seed(0)
+    image = ImageTokenizer(Autoencoder(CONFIG))
+    image.save(folder / "image_tokenizer")
+    vocab = Vocabulary.of(text=text.vocab_size, visual=image.num_codes)
+    schema = Schema(vocab, {"<|soi|>": text.special_id("<|soi|>")}, text.sha256, image.sha256, {"resolution": 8})
+    codes = torch.randint(0, 16, (5, 4, 4))
+    found = []
+    for n, caption in enumerate(CAPTIONS):
+        ids = text.encode(caption)
+        segments = [(0, Modality.TEXT, Role.INPUT, 3, 0, 0, 0, 0, 0), (len(ids), 1, Role.TARGET, 0, 0, 1, 4, 4, 0)]
+        picture = (codes[n].flatten() + vocab["visual"].base).tolist()
+        found.append(Sample(100 + n, ids + picture, segments, [(len(ids), 0), (16, 1)]))
+    infos = [write_shard(folder / f"{k}.vts", schema, part) for k, part in enumerate((found[:2], found[2:]))]
+    manifest.publish(folder, schema, infos, skipped=4)
+    return folder, codes
+
+
+@pytest.fixture
+def dataset(made, tmp_path):
+    """A copy to spoil."""
+    subprocess.run(["cp", "-r", str(made[0]), str(tmp_path / "digits")], check=True)
+    return tmp_path / "digits"
+
+
+def test_inspect_shows_schema_lengths_and_captions(made, tmp_path, capsys):
+    folder, _ = made
+    assert main(["inspect", str(folder), "--out", str(tmp_path / "sheet.png"), "--count", "4"]) == 0
+    shown = capsys.readouterr().out
+    found = Dataset(folder)
+    expected = [
+        f"5 samples, {found.tokens} tokens, shards: 2",
+        found.hash,
+        "4 records skipped",
+        f"ids 0..{found.schema.vocab['text'].end - 1} ({found.schema.vocab['text'].size})",
+        f"<|soi|>={found.schema.specials['<|soi|>']}",
+        found.schema.text_tokenizer,
+        found.schema.image_tokenizer,
+        "resolution=8",
+        "uint16",
+        "key 0x0000000000000066",
+        "target image, variant 0, 16 tokens, grid 1 x 4 x 4",
+        "input text, variant 3",
+        "2 loss runs",
+        *(repr(caption) for caption in CAPTIONS[:4]),
+        "4 pictures: ",
+    ]
+    assert [line for line in expected if line not in shown] == []
+    assert CAPTIONS[4] not in shown
+    histogram = [line.split() for line in shown.splitlines() if line.endswith("#")]
+    assert sum(int(row[1]) for row in histogram) == 5
+
+
+def test_the_contact_sheet_holds_the_decoded_pictures(made, tmp_path):
+    folder, codes = made
+    assert main(["inspect", str(folder), "--out", str(tmp_path / "sheet.png")]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    truth = to_uint8(load_image_tokenizer(folder / "image_tokenizer").decode(codes))
+    rows = {bytes(sheet[y, x : x + 96]) for y in range(0, sheet.shape[0]) for x in range(0, sheet.shape[1] - 95, 8)}
+    for picture in truth:
+        assert {bytes(line) for line in picture.repeat(12, axis=1)} <= rows
+
+
+def test_frames_stand_side_by_side_and_merged_pictures_are_left_out(made, tmp_path):
+    folder, codes = made
+    schema, base = Dataset(folder).schema, Dataset(folder).schema.vocab["visual"].base
+    video = (codes[:2].flatten() + base).tolist()
+    segments = [
+        (0, Modality.VIDEO, Role.TARGET, 0, 0, 2, 4, 4, 0),
+        (32, Modality.IMAGE, Role.TARGET, 0, SegmentFlag.MERGED, 1, 4, 4, 0),
+        (40, Modality.IMAGE, Role.TARGET, 0, 0, 0, 0, 0, 0),
+    ]
+    write_shard(tmp_path / "a.vts", schema, [Sample(1, video + video[:8] + video[:3], segments), Sample(2, [])])
+    image = load_image_tokenizer(folder / "image_tokenizer")
+    (picture,) = decode_pictures(Shard(tmp_path / "a.vts"), 0, image)
+    assert np.array_equal(picture, np.concatenate(list(to_uint8(image.decode(codes[:2]))), axis=1))
+    assert decode_pictures(Shard(tmp_path / "a.vts"), 1, image) == []
+
+
+def test_inspect_does_without_tokenizers(made, tmp_path, capsys):
+    source = made[0] / "1.vts"
+    (tmp_path / "1.vts").write_bytes(source.read_bytes())
+    assert main(["inspect", str(tmp_path / "1.vts"), "--out", str(tmp_path / "sheet.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "no contact sheet" in shown
+    assert "ids " in shown
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_verify_says_ok_or_names_every_problem(dataset, capsys):
+    assert main(["verify", str(dataset)]) == 0
+    assert "ok, no problem" in capsys.readouterr().out
+    assert main(["verify", str(dataset / "0.vts")]) == 0
+    capsys.readouterr()
+    overwrite(dataset / "1.vts", read_pages(dataset / "1.vts")[0].sections["KEY"].offset, b"\xff")
+    assert main(["verify", str(dataset)]) == 1
+    shown = capsys.readouterr().out
+    assert "section KEY: crc32c" in shown
+    assert "block 0" in shown
+    assert "2 problems" in shown
+    assert "0.vts:" not in shown
+
+
+def test_verify_looks_at_the_tokenizers_too(dataset, capsys):
+    torch.manual_seed(1)
+    ImageTokenizer(Autoencoder(CONFIG)).save(dataset / "image_tokenizer")
+    (dataset / "text_tokenizer" / "tokenizer.model").unlink()
+    assert main(["verify", str(dataset)]) == 1
+    shown = capsys.readouterr().out
+    assert f"{dataset / 'image_tokenizer'}: sha256" in shown
+    assert "text_tokenizer" in shown
+    assert "2 problems" in shown
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_wrong_path_is_one_line_and_exit_code_2(command, tmp_path, capsys):
+    assert main([command, str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "nowhere" in error
+    assert error.count("\n") == 1
+
+
+def test_inspect_refuses_a_broken_shard(dataset, capsys):
+    (dataset / "0.vts").write_bytes((dataset / "0.vts").read_bytes()[:8000])
+    assert main(["inspect", str(dataset)]) == 2
+    assert "0.vts: file: 8000 bytes" in capsys.readouterr().err
+
+
+def test_the_command_runs_as_a_module(dataset):
+    (dataset / "0.vts").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "vtrain.shards", "verify", str(dataset)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "0.vts: file: missing" in done.stdout

@@ -1,0 +1,64 @@
+"""Pictures drawn while training: a grid of samples for fixed prompts, into `out/samples/step-N.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from vtrain.dist.mesh import World
+from vtrain.generate.engine import generate
+from vtrain.generate.grid import draw_grid
+from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
+from vtrain.models.decoder import Decoder
+from vtrain.rng import fold
+from vtrain.settings import TrainingPictures
+from vtrain.text import load_text_tokenizer
+from vtrain.visual import load_image_tokenizer
+
+
+class PictureDrawer:
+    """Samples `sample.prompts` from the model in training, with the tokenizers that a dataset carries.
+
+    Every rank generates the same pictures, because a sharded decoder's forward is a collective; the main rank writes.
+    ValueError if the dataset has no tokenizers.
+    """
+
+    def __init__(self, settings: TrainingPictures, dataset_path: Path, out: Path, seed: int, world: World) -> None:
+        for asset in ("text_tokenizer", "image_tokenizer"):
+            if not (dataset_path / asset).is_dir():
+                raise ValueError(f"sample.every: {dataset_path} has no {asset}/ to draw pictures with")
+        self.settings, self.out, self.seed, self.world = settings, out / "samples", seed, world
+        self.text = load_text_tokenizer(dataset_path / "text_tokenizer")
+        self.image = load_image_tokenizer(dataset_path / "image_tokenizer", world.device)
+
+    def draw(self, root: nn.Module, decoder: Decoder, step: int) -> None:
+        """`root` is the FSDP root around `decoder`, which has run at least one training step."""
+        s = self.settings
+        prompts, uncond = text_to_image_prompts(s.prompts, self.text, decoder.vocab)
+        rows = [prompt for prompt in prompts for _ in range(s.per_prompt)]
+        side = self.image.config.resolution // self.image.downscale
+        root.unshard()
+        try:
+            ids = generate(
+                decoder,
+                rows,
+                [fold(0, n) for n in range(len(rows))],
+                steps=side * side,
+                cfg=s.cfg,
+                temperature=s.temperature,
+                top_k=s.top_k,
+                top_p=s.top_p,
+                seed=self.seed,
+                uncond_prompts=[uncond] * len(rows),
+                batch_size=s.batch_size,
+            )
+        finally:
+            root.reshard()
+        if self.world.main:
+            pictures = decode_pictures(ids, self.image, decoder.vocab, grid=(side, side))
+            grid = draw_grid(s.prompts, [pictures[n : n + s.per_prompt] for n in range(0, len(rows), s.per_prompt)])
+            self.out.mkdir(parents=True, exist_ok=True)
+            temporary = self.out / f".tmp-step-{step:08d}.png"
+            grid.save(temporary, format="png")
+            temporary.rename(self.out / f"step-{step:08d}.png")
