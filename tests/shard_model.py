@@ -120,7 +120,7 @@ def slow_read(path: Path) -> tuple[dict, list[Sample]]:
 
     def numbers(id: str) -> list[int]:
         content, code, items = raw[id]
-        return list(struct.unpack(f"<{items}{ {1: 'B', 2: 'H', 3: 'I', 4: 'Q'}[code] }".replace(" ", ""), content))
+        return list(struct.unpack(f"<{items}{' BHIQ'[code]}", content))
 
     ids, off, sego, keys = numbers("TOK"), numbers("OFF"), numbers("SEGO"), numbers("KEY")
     assert len(ids) == tokens

@@ -155,6 +155,13 @@ def test_verify_looks_at_the_tokenizers_too(dataset, capsys):
     assert "2 problems" in shown
 
 
+def test_inspect_tells_when_a_tokenizer_is_not_the_one_of_the_shards(dataset, tmp_path, capsys):
+    torch.manual_seed(1)
+    ImageTokenizer(Autoencoder(CONFIG)).save(dataset / "image_tokenizer")
+    assert main(["inspect", str(dataset), "--out", str(tmp_path / "sheet.png")]) == 0
+    assert f"problem: {dataset / 'image_tokenizer'}: sha256" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_a_wrong_path_is_one_line_and_exit_code_2(command, tmp_path, capsys):
     assert main([command, str(tmp_path / "nowhere")]) == 2

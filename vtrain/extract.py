@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -208,10 +209,12 @@ def _encode_units(job: Job, out: Path, rank: int, ranks: int, threads: int, max_
     units = [unit for unit, result in kept.items() if result is None]
     skipped = sum(len(result["skipped"]) for result in kept.values() if result)
     records = (record for unit in units for record in job.records(unit))
-    prepared = _ahead(lambda record: _prepare(job, record), records, threads, ahead=4 * job.batch_size)
     total = sum(len(job.records(unit)) for unit in units)
     done = 0
-    with tqdm(total=total, unit="image", desc="extracting", disable=rank != 0) as bar:
+    with (
+        closing(_ahead(lambda record: _prepare(job, record), records, threads, ahead=4 * job.batch_size)) as prepared,
+        tqdm(total=total, unit="image", desc="extracting", disable=rank != 0) as bar,
+    ):
         for unit in units:
             samples = islice(prepared, len(job.records(unit)))
             result = _encode_unit(job, out, unit, samples, bar.update)
@@ -220,7 +223,6 @@ def _encode_units(job: Job, out: Path, rank: int, ranks: int, threads: int, max_
             skipped += len(result["skipped"])
             if 0 <= max_skipped < skipped:
                 break
-    prepared.close()
     return done
 
 

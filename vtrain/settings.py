@@ -380,9 +380,41 @@ class SampleSettings:
     sample: Sampling
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where the job writes."""
+
+    out: str = key(REQUIRED, "the folder that everything is written to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """The captions to learn from, of the same JSONL that the image commands read."""
+
+    images: str = key(REQUIRED, "the folder that image paths are relative to")
+    captions: str = key(REQUIRED, "the JSONL file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizer:
+    """The tokenizer to train."""
+
+    vocab_size: int = key(8000, "pieces; 256 bytes come on top, so that any text can be encoded", min=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizerSettings:
+    """python -m vtrain.text_tokenizer"""
+
+    run: Output
+    input: Captions
+    tokenizer: TextTokenizer
+
+
 COMMANDS = {
     "autoencoder": AutoencoderSettings,
     "extract": ExtractSettings,
     "pretrain": PretrainSettings,
     "sample": SampleSettings,
+    "text_tokenizer": TextTokenizerSettings,
 }

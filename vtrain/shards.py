@@ -76,11 +76,11 @@ def run_inspect(path: Path, out: Path, count: int) -> int:
     source = Shard(path) if path.suffix == ".vts" else Dataset(path)
     folder = path.parent if path.is_file() else path
     shown = np.arange(min(count, len(source)))
-    text = _load_if_there(load_text_tokenizer, folder / "text_tokenizer")
+    text = _load_if_there(load_text_tokenizer, folder / "text_tokenizer", source.schema.text_tokenizer)
     print(describe(source))
     print("\nfirst samples")
     captions = [describe_sample(source, int(i), text) for i in shown]
-    image = _load_if_there(load_image_tokenizer, folder / "image_tokenizer")
+    image = _load_if_there(load_image_tokenizer, folder / "image_tokenizer", source.schema.image_tokenizer)
     if image is None:
         print(f"\nno contact sheet: {folder / 'image_tokenizer'} is not there")
         return 0
@@ -93,8 +93,14 @@ def run_inspect(path: Path, out: Path, count: int) -> int:
     return 0
 
 
-def _load_if_there(load: Callable, folder: Path):
-    return load(folder) if folder.is_dir() else None
+def _load_if_there(load: Callable, folder: Path, sha: str):
+    """The tokenizer of a folder, None where there is none; another one than the schema names is used, but told."""
+    if not folder.is_dir():
+        return None
+    tokenizer = load(folder)
+    if sha and tokenizer.sha256 != sha:
+        print(f"problem: {folder}: sha256 {tokenizer.sha256}; the shards were made with {sha}")
+    return tokenizer
 
 
 def describe(source: Dataset | Shard) -> str:
@@ -207,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

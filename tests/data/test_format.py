@@ -127,7 +127,7 @@ LIES = {
     "checksums not last": (_swapped, "section SCHEMA stands last, expected BCRC"),
     "more samples": (lambda f: {"samples": f.samples + 1}, "section (KEY|OFF)"),
     "fewer tokens": (lambda f: {"tokens": f.tokens - 1}, "section TOK"),
-    "2**32 tokens": (lambda f: {"tokens": 2**32}, "less than 2"),
+    "2**32 tokens": (lambda f: {"tokens": 2**32}, "a shard holds at most 4294967295"),
     "another file's size": (lambda f: {"file_bytes": f.file_bytes + PAGE}, "written for a file of"),
     "another file's uuid": (lambda f: {"uuid": bytes(16)}, "uuid"),
     "too few block checksums": (_changed("BCRC", count=0, bytes=0), "section BCRC: 0 checksums"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shard_model import VOCAB, Sample, batch, samples, slow_read, some_samples, write_shard
 
 from vtrain._host import crc32c_blocks
+from vtrain.data import format
 from vtrain.data.format import SEGMENT, Modality, Role, Schema, SegmentFlag, ShardError
 from vtrain.data.reader import verify
 from vtrain.data.samples import Samples, check_samples, pack_runs, unpack_runs
@@ -175,6 +176,25 @@ def test_samples_and_shards_have_a_largest_size():
     huge = Samples(ids, np.array([0, 2**31]), none, np.array([0, 0]), np.array([3], dtype=np.uint64))
     with pytest.raises(ShardError, match=r"sample 0x3: OFF: 2147483648 tokens; expected at most 2147483647"):
         check_samples(SCHEMA, huge, "a.vts")
+
+
+FIVE = {
+    "TOK": [Sample(1, [1] * 5)],
+    "KEY": [Sample(key, []) for key in range(1, 6)],
+    "SEG": [Sample(1, [], [_segment(0)] * 5)],
+    "RUN": [Sample(1, [1], [], [(1, 0), *[(0, 0)] * 4])],
+}
+
+
+@pytest.mark.parametrize("section", FIVE)
+def test_a_shard_refuses_more_rows_than_its_offsets_can_count(tmp_path, monkeypatch, section):
+    monkeypatch.setattr(format, "MAX_ROWS", 9)
+    arguments, options = batch(FIVE[section])
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
+        writer.append_batch(*arguments, **options)
+        with pytest.raises(ShardError, match=f"{section}: 10 items; a shard holds at most 9"):
+            writer.append_batch(*arguments, **options)
+    assert slow_read(tmp_path / "a.vts")[1] == [Sample(s.key, s.ids, s.segments, s.runs or []) for s in FIVE[section]]
 
 
 @pytest.mark.parametrize(

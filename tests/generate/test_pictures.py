@@ -24,9 +24,6 @@ class Letters:
 class Shades:
     """An image tokenizer whose code is a brightness of its 2x2 pixels, -1 to 1."""
 
-    num_codes = 6
-    batches: list
-
     def __init__(self):
         self.batches = []
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtrain.objectives.autoencoder import AutoencoderObjective
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
@@ -104,6 +105,19 @@ def test_some_steps_lower_the_error(quantizer):
         errors.append(float(stats["mse"]) / 32)
     assert sum(errors[-5:]) < 0.25 * sum(errors[:5])
     assert int(usage["codes_used"]) >= 12
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_a_step_reads_nothing_back_to_the_host(quantizer):
+    """Fake tensors hold no values: a shape that depends on data, or a copy to the host, raises."""
+    with FakeTensorMode():
+        model = made(quantizer=quantizer, attention=True)
+        images, keys, weights = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), torch.ones(4)
+        terms, _ = AutoencoderObjective()(model, images, keys, weights)
+        weighted(terms, images=4).backward()
+        usage = model.end_step(0)
+    assert model.encoder.conv_in.weight.grad.shape == model.encoder.conv_in.weight.shape
+    assert set(usage) == {"codes_used", "perplexity", "codes_reset"}
 
 
 def test_impossible_weights_are_refused():

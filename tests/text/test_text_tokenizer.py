@@ -84,8 +84,8 @@ def every_kind(tmp_path):
     (tmp_path / "vocab" / "added_tokens.json").write_text('{"<extra>": 258}')
     train_sentencepiece(["the cat", "the dog"], 14, tmp_path / "spm" / "some.model")
     lines = [base64.b64encode(bytes([b])) + b" %d" % b for b in range(256)] + [base64.b64encode(b"the") + b" 256"]
-    (tmp_path / "ranks" / "my.tiktoken").write_bytes(b"\n".join(lines))
-    return [tmp_path / "json", tmp_path / "vocab", tmp_path / "spm/some.model", tmp_path / "ranks/my.tiktoken"]
+    (tmp_path / "ranks" / "my.model").write_bytes(b"\n".join(lines))
+    return [tmp_path / "json", tmp_path / "vocab", tmp_path / "spm/some.model", tmp_path / "ranks/my.model"]
 
 
 def test_a_saved_folder_gives_the_same_ids(every_kind, tmp_path):
@@ -126,7 +126,7 @@ def test_missing_and_unknown_files(tmp_path):
     assert error_of(tmp_path / "no.model") == f"{tmp_path / 'no.model'}: no such text tokenizer file"
     assert "no tokenizer.model, tokenizer.json or vocab.json" in error_of(tmp_path)
     (tmp_path / "tokenizer.bin").write_bytes(b"abc")
-    assert "unknown text tokenizer; expected a .model, .tiktoken or .json file" in error_of(tmp_path / "tokenizer.bin")
+    assert "unknown text tokenizer; expected a .model or .json file" in error_of(tmp_path / "tokenizer.bin")
     (tmp_path / "vocab.json").write_text("{}")
     assert f"{tmp_path / 'merges.txt'}: no such file; vocab.json needs it" in error_of(tmp_path)
 

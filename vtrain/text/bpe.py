@@ -1,4 +1,4 @@
-"""Byte-level BPE engines: Hugging Face's (an explicit list of merges) and tiktoken's (a rank per token)."""
+"""The byte-level BPE engine: Hugging Face's (an explicit list of merges) and tiktoken's (a rank per token)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import reduce
 
 import numpy as np
 import regex
-import tiktoken
 
 from vtrain._host import MergeTable
 
@@ -33,7 +32,7 @@ def normalizer(forms: Sequence[str]) -> Callable[[str], str] | None:
 class MergeModel:
     """Byte-level BPE as Hugging Face's `tokenizers` computes it.
 
-    tokens: the bytes of every id of the model, ids in any order. merges: (left id, right id, result id) in rank order.
+    tokens: the bytes of every id of the model, ids in any order. merges: int32[M,4], (left, right, result, rank).
     split: the pre-tokeniser's pattern; text that it does not match stays a piece of its own. ignore_merges: a piece
     that is a token is that token, whatever the merges make of it.
     """
@@ -89,21 +88,15 @@ class MergeModel:
         return self._ids.get(content.encode())
 
 
-class RankModel:
-    """Byte-level BPE of a rank file: tiktoken itself. ranks: bytes -> id, without holes."""
-
-    normalize = None
-
-    def __init__(self, ranks: dict[bytes, int], split: str = LLAMA3_SPLIT) -> None:
-        self.size = len(ranks)
-        self._ranks = ranks
-        self._encoding = tiktoken.Encoding("ranks", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._encoding.decode(ids)
-
-    def token_id(self, content: str) -> int | None:
-        return self._ranks.get(content.encode())
+def rank_model(ranks: dict[bytes, int], split: str = LLAMA3_SPLIT) -> MergeModel:
+    """tiktoken's BPE: a token's id is its rank, and any two neighbours that are a token together may merge into it."""
+    merges = np.array(
+        [
+            (ranks[token[:cut]], ranks[token[cut:]], i, i)
+            for token, i in ranks.items()
+            for cut in range(1, len(token))
+            if token[:cut] in ranks and token[cut:] in ranks
+        ],
+        dtype=np.int32,
+    ).reshape(-1, 4)
+    return MergeModel({i: token for token, i in ranks.items()}, merges, split, ignore_merges=True)

@@ -15,13 +15,13 @@ import numpy as np
 import regex
 
 from vtrain.text.added import AddedToken
-from vtrain.text.bpe import GPT2_SPLIT, QWEN2_SPLIT, MergeModel, RankModel
+from vtrain.text.bpe import GPT2_SPLIT, QWEN2_SPLIT, MergeModel, rank_model
 
 _LLAMA3_RANKS = 128000
 _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
-def read_ranks(path: Path, data: bytes) -> tuple[RankModel, list[AddedToken]]:
+def read_ranks(path: Path, data: bytes) -> tuple[MergeModel, list[AddedToken]]:
     """A tiktoken rank file: one `base64(token) rank` per line, with Llama 3's pattern.
 
     A file of 128000 ranks is Llama 3's own: its 256 special tokens, which Meta keeps in code, are added.
@@ -45,7 +45,7 @@ def read_ranks(path: Path, data: bytes) -> tuple[RankModel, list[AddedToken]]:
         ranks[token], line_of[rank] = rank, number
     _check_ids(path, line_of)
     _check_bytes(path, ranks)
-    return RankModel(ranks), _llama3_specials() if len(ranks) == _LLAMA3_RANKS else []
+    return rank_model(ranks), _llama3_specials() if len(ranks) == _LLAMA3_RANKS else []
 
 
 def _llama3_specials() -> list[AddedToken]:
@@ -124,7 +124,9 @@ def load_json(path: Path, data: bytes) -> dict:
 def _merge_model(
     path: Path, vocab: dict[str, int], merges: Iterable[tuple[str, list]], split: str, **options
 ) -> MergeModel:
-    tokens = {i: _token_bytes(token) for token, i in vocab.items()}
+    # Of two tokens with the same bytes the one in byte spelling counts (the last wins): only that one can be matched.
+    by_spelling = sorted(vocab.items(), key=lambda item: _is_spelt_in_bytes(item[0]))
+    tokens = {i: _token_bytes(token) for token, i in by_spelling}
     _check_bytes(path, set(tokens.values()))
     rows, places = [], {}
     for place, pair in merges:
@@ -135,8 +137,8 @@ def _merge_model(
                 raise ValueError(f"{place}: {_shown(token)} is not in the vocabulary")
         if (first := places.setdefault(tuple(pair), place)) != place:
             raise ValueError(f"{place}: the merge {_shown(' '.join(pair))} repeats {first}")
-        rows.append((vocab[pair[0]], vocab[pair[1]], vocab[pair[0] + pair[1]]))
-    return MergeModel(tokens, np.array(rows, dtype=np.int32).reshape(-1, 3), split, **options)
+        rows.append((vocab[pair[0]], vocab[pair[1]], vocab[pair[0] + pair[1]], len(rows)))
+    return MergeModel(tokens, np.array(rows, dtype=np.int32).reshape(-1, 4), split, **options)
 
 
 def _vocab(path: Path, vocab: dict) -> dict[str, int]:
@@ -289,8 +291,12 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_OF = _byte_characters()
 
 
+def _is_spelt_in_bytes(token: str) -> bool:
+    return all(character in _BYTE_OF for character in token)
+
+
 def _token_bytes(token: str) -> bytes:
     """The bytes of a token as vocabularies spell it; a token with other characters stands for its own UTF-8."""
-    if all(character in _BYTE_OF for character in token):
+    if _is_spelt_in_bytes(token):
         return bytes(_BYTE_OF[character] for character in token)
     return token.encode("utf-8", "surrogatepass")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class Model(Protocol):
     size: int
 
     @property
-    def normalize(self): ...
+    def normalize(self) -> Callable[[str], str] | None: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def token_id(self, content: str) -> int | None: ...
@@ -98,16 +98,17 @@ class TextTokenizer:
             (folder / name).write_bytes(data)
 
     def _contents(self) -> dict[str, bytes]:
-        return self._files | {_SPECIALS_FILE: json.dumps(self.specials, ensure_ascii=False).encode()}
+        return self._files | {_SPECIALS_FILE: json.dumps(self.specials).encode()}
 
 
 def load_text_tokenizer(path: str | os.PathLike, specials: Sequence[str] | None = None) -> TextTokenizer:
     """Load a tokenizer from a file or a folder.
 
-    A SentencePiece `.model`; a tiktoken rank file; `tokenizer.json`; `vocab.json` with `merges.txt` beside it; or a
-    folder with one of these (looked for as `tokenizer.model`, `tokenizer.json`, `vocab.json`). `specials` are appended
-    after the file's last id, except those that it has already; None takes the list saved in the folder, else
-    DEFAULT_SPECIALS. FileNotFoundError or ValueError, one line, where that cannot be done.
+    A SentencePiece `.model`; a `.model` of Llama 3's kind (tiktoken ranks); `tokenizer.json`; `vocab.json` with
+    `merges.txt` beside it; or a folder with one of these (looked for as `tokenizer.model`, `tokenizer.json`,
+    `vocab.json`). `specials` are appended after the file's last id, except those that it has already; None takes the
+    list that `save` left in the folder, else DEFAULT_SPECIALS. FileNotFoundError or ValueError, one line, where that
+    cannot be done.
     """
     path = Path(path)
     main = _main_file(path) if path.is_dir() else path
@@ -119,10 +120,10 @@ def load_text_tokenizer(path: str | os.PathLike, specials: Sequence[str] | None 
     elif data[:1] == b"\n":  # a protobuf starts with its first field's tag: pieces, length-delimited
         model, added = SentencePieceModel(data, str(main)), []
         files = {"tokenizer.model": data}
-    elif main.suffix == ".model" or main.suffix == ".tiktoken":
+    elif main.suffix == ".model":
         (model, added), files = read_ranks(main, data), {"tokenizer.model": data}
     else:
-        raise ValueError(f"{main}: unknown text tokenizer; expected a .model, .tiktoken or .json file")
+        raise ValueError(f"{main}: unknown text tokenizer; expected a .model or .json file")
     if specials is None:
         specials = _saved_specials(main.with_name(_SPECIALS_FILE)) if path.is_dir() else None
     return TextTokenizer(model, added, DEFAULT_SPECIALS if specials is None else specials, files)

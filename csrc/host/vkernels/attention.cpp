@@ -53,6 +53,7 @@ std::vector<Piece> pieces_of(const Dense<int32_t>& cu_q, const Dense<int32_t>& c
 template <class T>
 int64_t row_stride(const py::array_t<T>& x, int64_t H, int64_t D) {
     require(x.ndim() == 3 && x.shape(1) == H && x.shape(2) == D, "varlen_attention: an operand is not [T, heads, D]");
+    if (x.size() == 0) return 0;  // numpy gives empty arrays any strides
     const auto item = static_cast<py::ssize_t>(sizeof(T));
     require((D == 1 || x.strides(2) == item) && (H == 1 || x.strides(1) == D * item) && x.strides(0) % item == 0,
             "varlen_attention: the heads of a row are not contiguous");

@@ -1,5 +1,6 @@
-// Byte-pair merging with an explicit list of merges, as Hugging Face's BPE does it: the pair of lowest rank first, the
-// leftmost among equals. A heap keeps a piece of n bytes at O(n log n), so one enormous "word" cannot stall a job.
+// Byte-pair merging with an explicit list of merges: the pair of lowest rank first, the leftmost among equals. With
+// ranks of merges this is Hugging Face's BPE, with ranks of the results tiktoken's. A heap keeps a piece of n bytes at
+// O(n log n), so one enormous "word" cannot stall a job.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -41,14 +42,14 @@ struct Symbol {
 
 class MergeTable {
 public:
-    MergeTable(const Ids& byte_ids, const Ids& left, const Ids& right, const Ids& result) {
+    MergeTable(const Ids& byte_ids, const Ids& left, const Ids& right, const Ids& result, const Ids& rank) {
         if (byte_ids.size() != 256) throw py::value_error("MergeTable: byte_ids must have 256 entries");
-        if (left.size() != right.size() || left.size() != result.size())
-            throw py::value_error("MergeTable: left, right and result differ in length");
+        if (left.size() != right.size() || left.size() != result.size() || left.size() != rank.size())
+            throw py::value_error("MergeTable: left, right, result and rank differ in length");
         byte_ids_.assign(byte_ids.data(), byte_ids.data() + 256);
         merges_.reserve(static_cast<size_t>(left.size()));
         for (py::ssize_t i = 0; i < left.size(); ++i)
-            merges_[key(left.data()[i], right.data()[i])] = {static_cast<int32_t>(i), result.data()[i]};
+            merges_[key(left.data()[i], right.data()[i])] = {rank.data()[i], result.data()[i]};
     }
 
     std::vector<int32_t> encode(std::string_view piece) const {
@@ -99,10 +100,10 @@ private:
 }  // namespace
 
 void bind_bpe(py::module_& m) {
-    py::class_<MergeTable>(m, "MergeTable", "Byte-pair merges; rank = position in the list.")
-        .def(py::init<const Ids&, const Ids&, const Ids&, const Ids&>(), py::arg("byte_ids"), py::arg("left"),
-             py::arg("right"), py::arg("result"),
-             "byte_ids int32[256]; merge i joins the ids left[i], right[i] into result[i].")
+    py::class_<MergeTable>(m, "MergeTable", "Byte-pair merges by rank.")
+        .def(py::init<const Ids&, const Ids&, const Ids&, const Ids&, const Ids&>(), py::arg("byte_ids"),
+             py::arg("left"), py::arg("right"), py::arg("result"), py::arg("rank"),
+             "byte_ids int32[256]; merge i joins the ids left[i], right[i] into result[i], lowest rank[i] first.")
         .def(
             "encode",
             [](const MergeTable& table, const py::bytes& piece) {

@@ -1,0 +1,122 @@
+"""Vector quantisation ops against float64 loops."""
+
+import pytest
+import torch
+from op_check import error
+
+import vkernels
+from vkernels import oracle, vq
+
+
+def assert_nearest(ids, x, codebook):
+    """The index of the float64 argmin, unless the two distances agree to 1e-6 of the size of the vectors."""
+    true, distances = oracle.vq_nearest(x, codebook)
+    rows = torch.arange(len(true))
+    gap = distances[rows, ids.long()] - distances[rows, true]
+    size = x.double().square().sum(1) + codebook.double().square().sum(1).max()
+    assert ids.dtype == torch.int32
+    assert ((ids == true) | (gap <= 1e-6 * size)).all()
+    return int((ids != true).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K", "D"), [(1, 1, 1), (0, 5, 3), (257, 64, 16), (100, 1000, 7), (33, 3, 256)])
+def test_nearest(backend, N, K, D, dtype):
+    torch.manual_seed(0)
+    x, codebook = torch.randn(N, D).to(dtype), torch.randn(K, D).to(dtype)
+    assert_nearest(vkernels.vq_nearest(x, codebook), x, codebook)
+
+
+def test_nearest_of_far_off_clusters_is_exact():
+    """Distances of 1e-3 among vectors of length 100: float32 scores alone would mistake many rows."""
+    torch.manual_seed(0)
+    codebook = 25 + torch.randn(64, 16) * 1e-3
+    x = codebook[torch.randint(64, (500,))] + torch.randn(500, 16) * 3e-4
+    true, _ = oracle.vq_nearest(x, codebook)
+    assert torch.equal(vkernels.vq_nearest(x, codebook).long(), true)
+    float32 = (x @ codebook.T - codebook.square().sum(1) / 2).argmax(1)
+    assert (float32 != true).any()
+
+
+def test_ties_take_the_lowest_index(backend):
+    torch.manual_seed(0)
+    codebook = torch.randn(40, 19)
+    codebook[20:] = codebook[:20]  # every code twice
+    x = codebook + torch.randn(40, 19) * 0.01
+    assert torch.equal(vkernels.vq_nearest(x, codebook), torch.arange(20, dtype=torch.int32).repeat(2))
+    assert (vkernels.vq_nearest(x, torch.zeros(7, 19)) == 0).all()
+    assert vkernels.vq_nearest(torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [0, -1]])).tolist() == [0]
+
+
+def test_nearest_in_blocks(backend, monkeypatch):
+    torch.manual_seed(0)
+    x, codebook = torch.randn(50, 8), torch.randn(16, 8)
+    whole = vkernels.vq_nearest(x, codebook)
+    monkeypatch.setattr(vq, "_CHUNK_SCORES", 16 * 6)
+    assert torch.equal(vkernels.vq_nearest(x, codebook), whole)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("N", "K", "D"), [(0, 3, 2), (1, 1, 1), (301, 17, 33)])
+def test_code_sums(backend, N, K, D, index):
+    torch.manual_seed(0)
+    x, ids = torch.randn(N, D), torch.randint(-1, K, (N,)).to(index)
+    counts, sums = vkernels.vq_code_sums(x, ids, K)
+    true_counts, true_sums = oracle.vq_code_sums(x, ids, K)
+    assert torch.equal(counts.double(), true_counts)
+    assert counts.dtype == sums.dtype == torch.float32
+    assert error(sums, true_sums) < 1e-6
+    half = vkernels.vq_code_sums(x.bfloat16(), ids, K)[1]
+    assert error(half, oracle.vq_code_sums(x.bfloat16(), ids, K)[1]) < 1e-6
+
+
+def test_ema_update_over_many_steps(backend):
+    """In place, equal to float64; a code that never had a row keeps its vector to the last bit."""
+    torch.manual_seed(0)
+    K, D = 12, 5
+    state = [torch.zeros(K), torch.zeros(K, D), torch.randn(K, D)]
+    truth, first = [t.double() for t in state], state[2].clone()
+    for _ in range(20):
+        x, ids = torch.randn(30, D), torch.randint(0, K - 2, (30,))
+        counts, sums = vkernels.vq_code_sums(x, ids, K)
+        vkernels.vq_ema_update(*state, counts, sums, 0.9, 1e-5)
+        truth = list(oracle.vq_ema_update(*truth, counts, sums, 0.9, 1e-5))
+    for mine, true in zip(state, truth):
+        assert error(mine, true) < 1e-5
+    assert torch.equal(state[2][-2:], first[-2:])
+    assert not torch.equal(state[2][:-2], first[:-2])
+
+
+def test_a_code_that_holds_all_rows_moves_to_their_mean(backend):
+    x = torch.randn(50, 4)
+    state = [torch.zeros(2), torch.zeros(2, 4), torch.zeros(2, 4)]
+    counts, sums = vkernels.vq_code_sums(x, torch.zeros(50, dtype=torch.int32), 2)
+    vkernels.vq_ema_update(*state, counts, sums, 0.0, 1e-9)
+    torch.testing.assert_close(state[2][0], x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_without_rows_keeps_everything_finite(backend):
+    state = [torch.zeros(3), torch.zeros(3, 2), torch.ones(3, 2)]
+    vkernels.vq_ema_update(*state, torch.zeros(3), torch.zeros(3, 2), 0.99, 1e-5)
+    assert torch.equal(state[2], torch.ones(3, 2))
+
+
+def test_checks_and_compiles():
+    torch.manual_seed(0)
+    x, codebook = torch.randn(9, 4), torch.randn(5, 4)
+    ids = vkernels.vq_nearest(x, codebook)
+    torch.library.opcheck(torch.ops.vkernels.vq_nearest.default, (x, codebook))
+    torch.library.opcheck(torch.ops.vkernels.vq_code_sums.default, (x, ids, 5))
+    state = [torch.ones(5), torch.randn(5, 4), torch.randn(5, 4)]
+    update = (*vkernels.vq_code_sums(x, ids, 5), 0.9, 1e-5)
+    torch.library.opcheck(torch.ops.vkernels.vq_ema_update.default, (*state, *update))
+
+    def step(x, cluster_size, embed_sum, codebook):
+        counts, sums = vkernels.vq_code_sums(x, vkernels.vq_nearest(x, codebook), 5)
+        vkernels.vq_ema_update(cluster_size, embed_sum, codebook, counts, sums, 0.9, 1e-5)
+
+    plain, compiled = [t.clone() for t in state], [t.clone() for t in state]
+    torch._dynamo.reset()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled)
+    step(x, *plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled))
