@@ -42,9 +42,8 @@ def linear_cross_entropy(
     outside its row's class costs infinity. `sum` is differentiable in h and weights; entry-wise, with any factors.
     """
     if not len(weights) == len(bases) == len(sizes) or not weights:
-        raise ValueError(
-            f"linear_cross_entropy: {len(weights)} weights, {len(bases)} bases, {len(sizes)} sizes; expected as many of each"
-        )
+        found = f"{len(weights)} weights, {len(bases)} bases, {len(sizes)} sizes"
+        raise ValueError(f"linear_cross_entropy: {found}; expected as many of each, and at least one")
     return _op(h, list(weights), list(bases), labels, list(sizes), row_weight, row_class)[:2]
 
 
@@ -54,14 +53,14 @@ def _chunk_rows(h, sizes):
 
 
 def _label_columns(labels, bases, sizes):
-    """-> (column int64[T] of each label in the joined logits, 0 where ignored; range int64[T], n_ranges where ignored)."""
+    """-> (each label's column in the joined logits, 0 where ignored; its range, n_ranges where ignored), int64[T]."""
     column = torch.zeros_like(labels, dtype=torch.int64)
     kind = torch.full_like(column, len(bases))
     start = 0
     for i, (base, size) in enumerate(zip(bases, sizes)):
         inside = (labels >= base) & (labels < base + size)
         column = torch.where(inside, labels.long() - base + start, column)
-        kind = kind.masked_fill_(inside, i)
+        kind.masked_fill_(inside, i)
         start += size
     return column, kind
 
@@ -158,7 +157,10 @@ def _cpu_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class,
     H, W, labels, row_weight, row_class = _selected(h, weights, labels, row_weight, row_class, rows)
     some = lse.index_select(0, rows)
     dh, *dweights = _backward(dsum, H, W, bases, labels, sizes, row_weight, row_class, some, wanted)
-    return [h.new_zeros(h.shape).index_copy_(0, rows, dh.to(h.dtype)), *(d.to(w.dtype) for d, w in zip(dweights, weights))]
+    return [
+        h.new_zeros(h.shape).index_copy_(0, rows, dh.to(h.dtype)),
+        *(d.to(w.dtype) for d, w in zip(dweights, weights)),
+    ]
 
 
 def _fake_forward(h, weights, bases, labels, sizes, row_weight, row_class):

@@ -29,7 +29,8 @@ def embed(
     Ids in no range (-1 at slot rows) give a zero row and no gradient. All tables share C and dtype.
     """
     if not len(tables) == len(bases) == len(sizes) or not tables:
-        raise ValueError(f"embed: {len(tables)} tables, {len(bases)} bases, {len(sizes)} sizes; expected as many of each")
+        found = f"{len(tables)} tables, {len(bases)} bases, {len(sizes)} sizes"
+        raise ValueError(f"embed: {found}; expected as many of each, and at least one")
     return _op(ids, list(tables), list(bases), list(sizes))
 
 
@@ -46,6 +47,9 @@ def _forward(ids, tables, bases, sizes):
 def _backward(dy, ids, bases, sizes, rows):
     grads = []
     for base, size, n in zip(bases, sizes, rows):
+        if n == 0:
+            grads.append(dy.new_empty(0, dy.shape[1]))
+            continue
         local = ids - base
         # One more row takes what is outside the range: no selection whose shape depends on the data.
         local = torch.where((local >= 0) & (local < size), local, n)

@@ -1,6 +1,6 @@
 """Finite scalar quantisation (Mentzer et al. 2023) in the form of NVIDIA Cosmos: no codebook, one digit per channel.
 
-Channel i has L = levels[i] values. index = sum of digit_i * basis_i with basis = exclusive cumulative product of levels.
+Channel i has L = levels[i] values; index = sum of digit_i * basis_i, basis being the exclusive product of levels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The slow truth of every op: float64, loops where they are clearer, gradients by autograd. Tests only, never dispatched.
+"""The slow truth of every op: float64, loops where clearer, gradients by autograd. For tests, never dispatched.
 
 Each takes the arguments of the public op (tensors of any float dtype are raised to float64).
 """
@@ -30,7 +30,7 @@ def rope(q, k, cos, sin):
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, kv_lo=None, kv_hi=None, scale=None):
     """-> (o[Tq, Hq, D], lse[Hq, Tq]), one query row at a time."""
-    Tq, Hq, D = q.shape
+    _, Hq, D = q.shape
     cu_q = cu_seqlens_q.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     scale = 1 / math.sqrt(D) if scale is None else scale
@@ -54,14 +54,15 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, kv_lo=None, kv
 
 
 def embed(ids, tables, bases, *, sizes):
+    nothing = sum(t[0].double() * 0 for t in tables)
     rows = []
     for i in ids.tolist():
-        row = torch.zeros(tables[0].shape[1], dtype=torch.float64)
+        row = nothing
         for table, base, size in zip(tables, bases, sizes):
             if base <= i < base + size:
-                row = table[i - base].double()
+                row = row + table[i - base].double()
         rows.append(row)
-    return torch.stack(rows) if rows else tables[0][:0].double()
+    return torch.stack(rows) if rows else nothing.expand(0, -1)
 
 
 def linear_cross_entropy(h, weights, bases, labels, *, sizes, row_weight=None, row_class=None):

@@ -131,7 +131,7 @@ def _of(op: str) -> dict[str, Backend]:
     return _table[op]
 
 
-class force:  # noqa: N801  (reads as a verb at every call)
+class force:
     """`force(op, backend)` from now on, or `with force(op, backend):` for a while; backend None lifts it.
 
     Holds for all threads (the backward pass runs in others). ValueError for an unknown op or backend; a backend that

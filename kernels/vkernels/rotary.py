@@ -9,9 +9,7 @@ from vkernels.host import dense_heads, to_numpy
 from vkernels.registry import Backend, accumulate_dtype, anywhere, below_autograd, define, define_autograd, on_cpu
 
 
-def rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q[T, Hq, D] and k[T, Hk, D] by the angles of cos, sin float32[T, D/2], as Hugging Face's Llama does.
 
     Dimension i is paired with i + D/2. -> new (q, k) of the same dtypes; cos and sin get no gradient.

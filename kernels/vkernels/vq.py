@@ -76,8 +76,8 @@ def _nearest_cpu(x, codebook):
         part = X[a : a + step]
         scores = _scores(part, E)
         best, first = scores.max(1)
-        # float32 scores err by less than D 2^-24 |e| (|x| + |e| / 2); two of them differ by at most twice that.
-        error = part.norm(dim=1).add_(reach).mul_(reach * E.shape[1] * 2.0**-23)
+        # A float32 score errs by less than (D + 2) 2^-24 |e| (|x| + |e|), the difference of two by twice that.
+        error = part.norm(dim=1).add_(reach).mul_(reach * (E.shape[1] + 2) * 2.0**-23)
         close = ((scores >= (best - error).unsqueeze(1)).sum(1) > 1).nonzero().squeeze(1)
         if close.numel():
             exact = part[close].double()

@@ -129,8 +129,9 @@ def _damage(shard, section: str, item: int, value: int):
 )
 def test_damaged_offsets_are_refused_before_they_are_used(shard, table, method, value):
     damaged = _damage(shard, table, 5, value)
-    with pytest.raises(ShardError, match=rf"{table}: sample \d spans"):
-        getattr(damaged, method)(np.arange(12))
+    for indices in ([4], [5], np.arange(12)):  # item 5 is where sample 4 ends and sample 5 starts
+        with pytest.raises(ShardError, match=rf"{table}: sample [45] spans"):
+            getattr(damaged, method)(indices)
     assert verify(shard) != []
 
 

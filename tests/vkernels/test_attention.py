@@ -1,6 +1,7 @@
 """varlen_attention against float64, one query row at a time."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from op_check import compiles, error, judge, poison
 
 import vkernels
 from vkernels import _host, oracle
-from vkernels.attention import _masked_backward, _masked_forward, _torch_backward, _torch_forward
+from vkernels.attention import (
+    _cpu_backward,
+    _cpu_forward,
+    _masked_backward,
+    _masked_forward,
+    _torch_backward,
+    _torch_forward,
+)
 
 # Flash-style backward takes the softmax's inner product from the rounded output: where a row's gradient nearly cancels
 # (a few keys), that costs more than eager's direct form. Whole sequences stay far below.
@@ -108,6 +116,37 @@ def test_any_intervals(backend):
     c = cu(30, 0, 70, 1)
     lo = torch.randint(-5, 105, (101,), dtype=torch.int32)
     check(c, c, 2, 1, 8, torch.float32, kv_lo=lo, kv_hi=lo + torch.randint(-3, 40, (101,), dtype=torch.int32))
+
+
+def test_random_layouts_equal_the_masked_path():
+    """The host kernel in float64 against dense masks, over sizes around its vectors, tiles and blocks."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    for _ in range(40):
+        Hk = rng.choice([1, 2, 3])
+        Hq, D = Hk * rng.choice([1, 2, 5]), rng.randint(1, 40)
+        of_q = [rng.choice([0, 1, 7, 8, 9, 31, 32, 33, 65]) for _ in range(rng.randint(1, 4))]
+        of_k = [rng.choice([n, n, n + 3, 0, 129]) for n in of_q]
+        c_q, c_k = cu(*of_q), cu(*of_k)
+        Tq, Tk = sum(of_q), sum(of_k)
+        q, k, v = (x.double() for x in operands(Tq, Tk, Hq, Hk, D))
+        kv_lo = torch.randint(-3, Tk + 3, (Tq,)) if rng.random() < 0.5 else None
+        kv_hi = torch.randint(-3, Tk + 3, (Tq,)) if rng.random() < 0.5 else None
+        args = (c_q, c_k, Tq, Tk, kv_lo, kv_hi, 0.5)
+        expected = _masked_forward(q, k, v, *args)
+        expected += _masked_backward(q, q, k, v, *expected, *args)
+        actual = _cpu_forward(q, k, v, *args)
+        actual += _cpu_backward(q, q, k, v, *actual, *args)
+        for a, b in zip(actual, expected):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_nan_is_not_hidden(backend):
+    q, k, v = operands(40, 40, 1, 1, 8)
+    k[20] = math.nan
+    o = vkernels.varlen_attention(q, k, v, cu(10, 30))
+    assert o[:20].isfinite().all()
+    assert o[20:].isnan().all()
 
 
 def test_a_row_without_keys_is_zero(backend):

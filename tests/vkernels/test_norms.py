@@ -39,7 +39,9 @@ def test_swiglu(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "Hq", "Hk", "D"), [(1, 1, 1, 2), (7, 4, 2, 32), (257, 3, 1, 10), (5, 7, 1, 128), (0, 2, 1, 8)])
+@pytest.mark.parametrize(
+    ("T", "Hq", "Hk", "D"), [(1, 1, 1, 2), (7, 4, 2, 32), (257, 3, 1, 10), (5, 7, 1, 128), (0, 2, 1, 8)]
+)
 def test_rope(backend, T, Hq, Hk, D, dtype):
     torch.manual_seed(0)
     cos, sin = angles(T, D // 2)
@@ -90,7 +92,7 @@ def test_slices_of_merged_projections(backend):
 
 def test_gradcheck(backend):
     torch.manual_seed(0)
-    d = dict(dtype=torch.float64, requires_grad=True)
+    d = {"dtype": torch.float64, "requires_grad": True}
     assert torch.autograd.gradcheck(vkernels.rms_norm, (torch.randn(3, 5, **d), torch.randn(5, **d)))
     assert torch.autograd.gradcheck(vkernels.swiglu, (torch.randn(3, 5, **d), torch.randn(3, 5, **d)))
     cos, sin = (t.double() for t in angles(3, 2))

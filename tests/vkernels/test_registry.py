@@ -100,14 +100,14 @@ def test_second_derivatives_are_refused_not_wrong():
 
 
 def test_a_block_runs_forward_and_backward_on_fake_tensors():
-    """No data is touched, on a device this machine need not have."""
+    """Shapes and dtypes alone carry a block through: no data is touched."""
     with FakeTensorMode():
         T, C = 10, 16
-        d = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        d = {"dtype": torch.bfloat16, "requires_grad": True}
         table, gain, head = torch.empty(128, C, **d), torch.empty(C, **d), torch.empty(128, C, **d)
-        ids = torch.empty(T, dtype=torch.int32, device="cuda")
-        cos = torch.empty(T, 4, device="cuda")
-        cu = torch.empty(3, dtype=torch.int32, device="cuda")
+        ids = torch.zeros(T, dtype=torch.int32)
+        cos = torch.empty(T, 4)
+        cu = torch.empty(3, dtype=torch.int32)
         x = vkernels.rms_norm(vkernels.embed(ids, [table], [0], sizes=[100]), gain)
         q, k = vkernels.rope(x.view(T, 2, 8), x.view(T, 2, 8), cos, cos)
         x = x + vkernels.varlen_attention(q, k, x.view(T, 2, 8), cu, max_seqlen_q=16).view(T, C)
@@ -116,7 +116,7 @@ def test_a_block_runs_forward_and_backward_on_fake_tensors():
         x = x + torch.nn.functional.pad(codes, (0, C - 2))
         total, count = vkernels.linear_cross_entropy(x, [head], [0], ids, sizes=[100])
         total.sum().backward()
-        nearest = vkernels.vq_nearest(x.float(), torch.empty(5, C, device="cuda"))
+        nearest = vkernels.vq_nearest(x.float(), torch.empty(5, C))
         counts, sums = vkernels.vq_code_sums(x, nearest, 5)
         vkernels.vq_ema_update(counts, sums, sums.clone(), counts.clone(), sums.clone(), 0.9, 1e-5)
     assert [t.dtype for t in (x, total, count, nearest, codes_ids, sums)] == [
@@ -128,7 +128,7 @@ def test_a_block_runs_forward_and_backward_on_fake_tensors():
         torch.float32,
     ]
     assert table.grad.shape == (128, C)
-    assert head.grad.device.type == "cuda"
+    assert head.grad.shape == (128, C)
     assert vkernels.fsq_dequantize(torch.arange(3), [8, 8]).shape == (3, 2)
 
 

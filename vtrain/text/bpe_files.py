@@ -130,7 +130,7 @@ def _merge_model(
     _check_bytes(path, set(tokens.values()))
     rows, places = [], {}
     for place, pair in merges:
-        if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise ValueError(f"{place}: {_shown(pair)}; expected two tokens")
         for token in (*pair, pair[0] + pair[1]):
             if token not in vocab:
@@ -144,8 +144,8 @@ def _merge_model(
 def _vocab(path: Path, vocab: dict) -> dict[str, int]:
     by_id: dict[int, str] = {}
     for token, i in vocab.items():
-        if type(i) is not int or i < 0:
-            raise ValueError(f"{path}: the id of {_shown(token)} is {_shown(i)}; expected an integer >= 0")
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise ValueError(f"{path}: the id of {_shown(token)} is {_shown(i)}; expected an integer 0..2**31-1")
         if (other := by_id.setdefault(i, token)) != token:
             raise ValueError(f"{path}: {_shown(other)} and {_shown(token)} both have the id {i}")
     if not vocab:
@@ -185,7 +185,7 @@ def _check_bytes(path: Path, tokens: Iterable[bytes]) -> None:
 
 def _split_pattern(path: Path, pre: dict | None) -> str:
     """The one splitting pattern of `ByteLevel` or of `Sequence[Split, ByteLevel]`."""
-    parts = pre["pretokenizers"] if isinstance(pre, dict) and pre.get("type") == "Sequence" else [pre]
+    parts = pre.get("pretokenizers", []) if isinstance(pre, dict) and pre.get("type") == "Sequence" else [pre]
     kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
         raise ValueError(f"{path}: pre_tokenizer is {_shown(kinds)}; expected ByteLevel, or one Split and ByteLevel")
