@@ -1,7 +1,7 @@
 """scikit-learn's 1,797 scanned digits as the quickstart's pictures, and the score of pictures drawn after training.
 
-    python scripts/digits.py export runs/quickstart/data     # PNGs, train.jsonl, valid.jsonl, prompts.txt
-    python scripts/digits.py score runs/quickstart/samples   # how many drawn digits a classifier of real ones recognises
+python scripts/digits.py export runs/quickstart/data     # PNGs, train.jsonl, valid.jsonl, prompts.txt
+python scripts/digits.py score runs/quickstart/samples   # how many drawn digits a classifier of real ones recognises
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs functions on several gloo ranks. The worker processes live for the whole test session: importing torch is slow."""
+"""Runs functions on several gloo ranks. The workers live for the whole test session: importing torch is slow."""
 
 from __future__ import annotations
 

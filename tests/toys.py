@@ -18,7 +18,14 @@ SPECIALS = {"<|t2i|>": 26, "<|soi|>": 27, "<|eoi|>": 28, "<|pad|>": 29}
 
 
 def write_dataset(
-    folder: Path, samples: int, *, seed: int = 0, side: int = 3, vocab: Vocabulary = VOCAB, per_shard: int = 40, **schema
+    folder: Path,
+    samples: int,
+    *,
+    seed: int = 0,
+    side: int = 3,
+    vocab: Vocabulary = VOCAB,
+    per_shard: int = 40,
+    **schema,
 ) -> Path:
     """A text-to-image dataset: two captions of 2..7 tokens and a side x side grid of codes that follows the caption."""
     rng = np.random.default_rng(seed)

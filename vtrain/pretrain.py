@@ -10,7 +10,6 @@ Started again, it goes on from the newest checkpoint.
 from __future__ import annotations
 
 from vtrain.config import run_command
-from vtrain.describe import describe_batch
 from vtrain.dist.mesh import set_threads, world
 from vtrain.settings import PretrainSettings
 from vtrain.train.loop import run
@@ -22,18 +21,12 @@ def main(settings: PretrainSettings, dry_run: bool = False) -> None:
     plan = Plan(settings)
     if dry_run:
         print(plan.describe())
-        print(describe_plan_batch(plan))
+        print(plan.describe_batch())
         return
     with world(settings.run.device) as here:
         if here.main:
             print(plan.describe(), flush=True)
         run(PretrainTask(settings, here, plan), settings, here)
-
-
-def describe_plan_batch(plan: Plan) -> str:
-    """The first packed batch of a run as the model sees it."""
-    step = next(iter(plan.loader()))
-    return describe_batch(step.batches[0], plan.sources[0].dataset, [s.name for s in plan.sources])
 
 
 if __name__ == "__main__":

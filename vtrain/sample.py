@@ -27,7 +27,6 @@ from vtrain.config import run_command
 from vtrain.dist.comm import barrier
 from vtrain.dist.mesh import set_threads, world
 from vtrain.generate.engine import check_prompts, generate
-from vtrain.generate.grid import MAX_COLUMNS, MAX_ROWS, draw_grid
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
 from vtrain.generate.sampler import Sampling
 from vtrain.models.decoder import Decoder
@@ -36,6 +35,7 @@ from vtrain.rng import fold
 from vtrain.settings import SampleSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
+from vtrain.visual.sheets import MAX_COLUMNS, MAX_ROWS, draw_grid
 
 
 @dataclass(frozen=True)

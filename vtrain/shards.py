@@ -2,6 +2,7 @@
 
 python -m vtrain.shards verify PATH     every byte of a dataset folder or of one shard; exit code 1 if anything is wrong
 python -m vtrain.shards inspect PATH    schema, counts, lengths and first samples; pictures go to --out (sheet.png)
+python -m vtrain.shards inspect --composed CFG    a packed batch of a vtrain.pretrain config as the model sees it
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vtrain.config import load
 from vtrain.data.format import LENGTH_EDGES, Modality, Role, Schema, SegmentFlag
 from vtrain.data.reader import Dataset, Shard, verify
+from vtrain.settings import PretrainSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
+from vtrain.train.tasks.pretrain import Plan
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
-from vtrain.visual.contact_sheet import contact_sheet
 from vtrain.visual.preprocess import to_uint8
+from vtrain.visual.sheets import contact_sheet
 
 BAR_WIDTH = 40
 CAPTION_WIDTH = 100
@@ -90,6 +94,14 @@ def run_inspect(path: Path, out: Path, count: int) -> int:
         return 0
     contact_sheet(*zip(*pictures)).save(out)
     print(f"\n{len(pictures)} pictures: {out}")
+    return 0
+
+
+def run_composed(cfg: str, count: int) -> int:
+    """Print the first packed batch that training with `cfg` would see, `count` of its documents piece by piece."""
+    plan = Plan(load(PretrainSettings, cfg))
+    print(plan.describe())
+    print(plan.describe_batch(count))
     return 0
 
 
@@ -197,12 +209,18 @@ def parser() -> argparse.ArgumentParser:
     verify_command.add_argument("path", type=Path, help="dataset folder or shard")
     verify_command.set_defaults(run=lambda a: run_verify(a.path))
     inspect_command = commands.add_parser("inspect", help="show what is inside")
-    inspect_command.add_argument("path", type=Path, help="dataset folder, manifest or shard")
+    what = inspect_command.add_mutually_exclusive_group(required=True)
+    what.add_argument("path", type=Path, nargs="?", help="dataset folder, manifest or shard")
+    what.add_argument(
+        "--composed", metavar="CFG", help="a config file or recipe of vtrain.pretrain: show a packed batch"
+    )
     inspect_command.add_argument(
         "--out", type=Path, default=Path("sheet.png"), help="contact sheet (default: sheet.png)"
     )
     inspect_command.add_argument("--count", type=int, default=16, help="samples to show (default: 16)")
-    inspect_command.set_defaults(run=lambda a: run_inspect(a.path, a.out, a.count))
+    inspect_command.set_defaults(
+        run=lambda a: run_composed(a.composed, a.count) if a.composed else run_inspect(a.path, a.out, a.count)
+    )
     return top
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vtrain.generate.grid import MAX_CELL, MAX_COLUMNS, MAX_ROWS, draw_grid
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
+from vtrain.visual.sheets import GRID_SIDES, MAX_COLUMNS, MAX_ROWS, draw_grid
 from vtrain.vocab import Vocabulary
 
 VOCAB = Vocabulary.of(extra=5, text=300, visual=6)
@@ -69,7 +69,7 @@ def test_grid_enlarges_small_pictures_by_whole_factors():
 def test_grid_reduces_large_pictures_and_stays_bounded():
     sheet = draw_grid(["one"], [[np.zeros((600, 300, 3), np.uint8)]])
     black = np.argwhere((np.asarray(sheet)[:, 150:] == 0).all(-1))
-    assert (np.ptp(black, axis=0) + 1).tolist() == [MAX_CELL, MAX_CELL // 2]
+    assert (np.ptp(black, axis=0) + 1).tolist() == [GRID_SIDES[1], GRID_SIDES[1] // 2]
     tiny = np.zeros((1, 1, 3), np.uint8)
     many = draw_grid(["x"] * 200, [[tiny] * 40] * 200)
     assert many.size == draw_grid(["x"] * MAX_ROWS, [[tiny] * MAX_COLUMNS] * MAX_ROWS).size
@@ -79,7 +79,7 @@ def test_grid_reduces_large_pictures_and_stays_bounded():
 def test_any_caption_can_be_drawn(caption):
     picture = np.full((64, 64, 3), 9, np.uint8)
     sheet = np.asarray(draw_grid([caption], [[picture]]))
-    assert (sheet[4:68, 154:218] == 9).all(), "the caption runs into the pictures"
+    assert (sheet[8:72, 150:214] == 9).all(), "the caption runs into the pictures"
 
 
 def test_a_grid_without_pictures_is_an_error():

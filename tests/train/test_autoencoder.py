@@ -111,9 +111,7 @@ def test_resume_is_bitwise_on_cpu(pictures, tmp_path):
     shutil.rmtree(resumed / "final")
     run_ranks(1, main, settings(resumed, pictures, **changes))
     same = ("step", "loss", "grad_norm", "stat/perplexity", "images")
-    assert [{k: r[k] for k in same} for r in records(resumed)] == [
-        {k: r[k] for k in same} for r in records(straight)
-    ]
+    assert [{k: r[k] for k in same} for r in records(resumed)] == [{k: r[k] for k in same} for r in records(straight)]
     mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (resumed, straight))
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 

@@ -8,13 +8,13 @@ from torch import nn
 
 from vtrain.dist.mesh import World
 from vtrain.generate.engine import generate
-from vtrain.generate.grid import draw_grid
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
 from vtrain.models.decoder import Decoder
 from vtrain.rng import fold
 from vtrain.settings import TrainingPictures
 from vtrain.text import load_text_tokenizer
 from vtrain.visual import load_image_tokenizer
+from vtrain.visual.sheets import draw_grid
 
 
 class PictureDrawer:

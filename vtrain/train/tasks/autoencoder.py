@@ -13,13 +13,13 @@ from vtrain.data.sources.image_folder import ImageFolder, Record
 from vtrain.dist.comm import sum_over_ranks
 from vtrain.dist.fsdp import full, shard
 from vtrain.dist.mesh import World
-from vtrain.generate.grid import draw_grid
 from vtrain.objectives.autoencoder import AutoencoderObjective
 from vtrain.settings import AutoencoderSettings, Images
 from vtrain.train.loop import Work
 from vtrain.train.optim import AdamW
 from vtrain.train.tasks.root import Root, compute_dtype
 from vtrain.visual.preprocess import center_crop_resize, load_image, to_uint8
+from vtrain.visual.sheets import draw_grid
 from vtrain.visual.tokenizer import save_image_tokenizer
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 

@@ -15,6 +15,7 @@ from vtrain.batch import PackedBatch
 from vtrain.data.compose import Composer, make_composer
 from vtrain.data.loader import Loader, Source, check_sources, sequential_batches
 from vtrain.data.reader import Dataset
+from vtrain.describe import describe_batch
 from vtrain.dist.comm import sum_over_ranks
 from vtrain.dist.fsdp import full, shard
 from vtrain.dist.mesh import World
@@ -81,6 +82,11 @@ class Plan:
             linear_cost=6 * self.config.hidden,
             prepare=prepare,
         )
+
+    def describe_batch(self, documents: int = 4) -> str:
+        """The first packed batch of a run as the model sees it; `documents` of it piece by piece."""
+        step = next(iter(self.loader()))
+        return describe_batch(step.batches[0], self.sources[0].dataset, [s.name for s in self.sources], documents)
 
     def describe(self) -> str:
         """The plan in a few lines, for --dry-run and the start of a run."""

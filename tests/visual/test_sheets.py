@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from vtrain.visual.contact_sheet import CAPTION_LINES, MAX_SIDE, MIN_SIDE, contact_sheet, wrap_caption
+from vtrain.visual.sheets import CAPTION_LINES, SHEET_SIDES, contact_sheet, wrap_caption
 
+MIN_SIDE, MAX_SIDE = SHEET_SIDES
 FONT = ImageFont.load_default(13)
 
 
