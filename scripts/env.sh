@@ -13,11 +13,17 @@ fail() {
 
 # The interpreter below any virtual environment: an active .venv cannot be asked to replace itself.
 base_python() {
-    local name
-    for name in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
-        "$name" -c 'import sys; assert sys.version_info >= (3, 11); print(sys._base_executable)' 2>/dev/null && return
+    local name names=(.venv/bin/python python3 python3.12 python3.11 python3.13)
+    [ -z "${PYTHON:-}" ] || names=("$PYTHON")
+    for name in "${names[@]}"; do
+        "$name" - 2>/dev/null <<'END' && return
+import os, sys
+assert sys.version_info >= (3, 11)
+print(os.path.realpath(sys._base_executable))
+END
     done
-    fail "Python >= 3.11 is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1 | tail -n 1) (set PYTHON)"
+    name="${PYTHON:-python3}"
+    fail "Python >= 3.11 is needed; $name is $("$name" -V 2>/dev/null || echo missing) (set PYTHON)"
 }
 
 check_tools() {

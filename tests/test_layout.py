@@ -22,7 +22,7 @@ PACKAGES = {"vtrain": ROOT / "vtrain", "vkernels": ROOT / "kernels" / "vkernels"
 
 # What a unit may import of ours, besides itself. Every vtrain/*.py that is not named here is a command: it may import
 # all that train may, and no other module imports it.
-PLAIN = {"vtrain._host", "vtrain.batch", "vtrain.rng", "vtrain.vocab"}
+PLAIN = {"vtrain._host", "vtrain.batch", "vtrain.files", "vtrain.rng", "vtrain.vocab"}
 MODELS = PLAIN | {"vkernels", "vtrain.dist", "vtrain.models", "vtrain.visual"}
 WORKS = MODELS | {"vtrain.config", "vtrain.data", "vtrain.describe", "vtrain.generate", "vtrain.objectives",
                   "vtrain.settings", "vtrain.text", "vtrain.train"}  # fmt: skip
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "vtrain": set(),
     "vtrain.vocab": set(),
     "vtrain.rng": set(),
+    "vtrain.files": set(),
     "vtrain.batch": {"vtrain.vocab"},
     "vtrain.config": set(),
     "vtrain.settings": {"vtrain.config"},

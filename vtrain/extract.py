@@ -33,9 +33,10 @@ from vtrain.data.manifest import generations, publish
 from vtrain.data.reader import Dataset, verify
 from vtrain.data.samples import cumulative
 from vtrain.data.sources.image_folder import ImageFolder, Record
-from vtrain.data.writer import ShardWriter, write_durably
+from vtrain.data.writer import ShardWriter
 from vtrain.dist.comm import max_over_ranks, raise_together, sum_over_ranks
 from vtrain.dist.mesh import set_threads, world
+from vtrain.files import write_durably
 from vtrain.settings import ExtractSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.visual import ImageTokenizer, load_image_tokenizer

@@ -11,9 +11,7 @@ with a `prompt`. Prompt i writes `{i:05d}/metadata.jsonl` (its object) and `{i:0
 
 from __future__ import annotations
 
-import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from tqdm import tqdm
 from vtrain.config import run_command
 from vtrain.dist.comm import barrier
 from vtrain.dist.mesh import set_threads, world
+from vtrain.files import write_whole
 from vtrain.generate.engine import check_prompts, generate
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
 from vtrain.generate.sampler import Sampling
@@ -35,7 +34,7 @@ from vtrain.rng import fold
 from vtrain.settings import SampleSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
-from vtrain.visual.sheets import MAX_COLUMNS, MAX_ROWS, draw_grid
+from vtrain.visual.sheets import MAX_COLUMNS, MAX_ROWS, draw_grid, write_png
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,8 @@ def sample_pictures(
     check_prompts(model.decoder, prompts, steps)  # all of them, before anything is written
     if rank == 0:
         for i, entry in enumerate(entries):
-            _write_atomically(
-                _folder(out, i) / "metadata.jsonl", (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-            )
+            _folder(out, i).mkdir(parents=True, exist_ok=True)
+            write_whole(_folder(out, i) / "metadata.jsonl", json.dumps(entry, ensure_ascii=False) + "\n")
     jobs = [(i, k) for i in range(len(entries)) for k in range(per_prompt)]
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)][rank::ranks]
     total = steps * sum(map(len, batches))
@@ -150,11 +148,11 @@ def sample_pictures(
         for batch in batches:
             pictures = _sample_batch(model, batch, prompts, uncond, sampling, bar.update)
             for (i, k), picture in zip(batch, pictures):
-                _write_png(_picture_path(out, i, k), Image.fromarray(picture))
+                write_png(_picture_path(out, i, k), Image.fromarray(picture))
     barrier()
     grid = out / "grid.png"
     if rank == 0:
-        _write_png(grid, _grid_of_files(out, entries, per_prompt))
+        write_png(grid, _grid_of_files(out, entries, per_prompt))
     return grid
 
 
@@ -196,19 +194,6 @@ def _folder(out: Path, prompt: int) -> Path:
 
 def _picture_path(out: Path, prompt: int, sample: int) -> Path:
     return _folder(out, prompt) / "samples" / f"{sample:04d}.png"
-
-
-def _write_png(path: Path, image: Image.Image) -> None:
-    data = io.BytesIO()
-    image.save(data, format="png")
-    _write_atomically(path, data.getvalue())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)
 
 
 def main(settings: SampleSettings, dry_run: bool = False) -> None:

@@ -26,7 +26,7 @@ from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.train.tasks.pretrain import Plan
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
 from vtrain.visual.preprocess import to_uint8
-from vtrain.visual.sheets import contact_sheet
+from vtrain.visual.sheets import contact_sheet, write_png
 
 BAR_WIDTH = 40
 CAPTION_WIDTH = 100
@@ -92,7 +92,7 @@ def run_inspect(path: Path, out: Path, count: int) -> int:
     if not pictures:
         print("\nno contact sheet: no picture in these samples")
         return 0
-    contact_sheet(*zip(*pictures)).save(out)
+    write_png(out, contact_sheet(*zip(*pictures)))
     print(f"\n{len(pictures)} pictures: {out}")
     return 0
 

@@ -8,7 +8,6 @@ along (Llama's rank file, Qwen's tokenizer.json) is used as it is: this command 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from vtrain.config import run_command
@@ -25,9 +24,7 @@ def main(settings: TextTokenizerSettings, dry_run: bool = False) -> None:
     if dry_run:
         return
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / ".tmp-tokenizer.model"
-    train_sentencepiece(captions, settings.tokenizer.vocab_size, temporary)
-    os.replace(temporary, out / "tokenizer.model")
+    train_sentencepiece(captions, settings.tokenizer.vocab_size, out / "tokenizer.model")
     tokenizer = load_text_tokenizer(out)
     tokens = sum(len(tokenizer.encode(caption)) for caption in captions)
     print(f"{out}: {tokenizer.vocab_size} ids with bytes and specials, {tokens / len(captions):.1f} tokens a caption")

@@ -18,7 +18,7 @@ import numpy as np
 
 from vtrain._host import crc32c
 from vtrain.data.format import Footer, Schema, ShardError, ShardInfo, read_pages
-from vtrain.data.writer import write_durably
+from vtrain.files import write_durably
 
 VERSION = 1
 _NAME = re.compile(r"manifest-(\d{6,})-([0-9a-f]{16})\.json")

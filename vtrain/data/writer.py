@@ -15,6 +15,7 @@ from vtrain._host import crc32c, crc32c_blocks, crc32c_combine
 from vtrain.data import format
 from vtrain.data.format import Footer, Schema, Section, ShardError, ShardInfo
 from vtrain.data.samples import Samples, check_samples
+from vtrain.files import sync_folder
 
 
 class BlockChecksums:
@@ -254,27 +255,3 @@ def length_histogram(lengths: np.ndarray) -> np.ndarray:
     """u64[64]: samples per bin of format.LENGTH_EDGES."""
     bins = np.searchsorted(format.LENGTH_EDGES, lengths, side="right") - 1
     return np.bincount(bins, minlength=len(format.LENGTH_EDGES)).astype(np.uint64)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Give `path` its bytes in one step: temporary file, fdatasync, rename, fsync of the folder."""
-    temporary = path.parent / f".tmp-{path.name}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fdatasync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vtrain import rng
+from vtrain.files import replace_folder, write_durably, write_tensors
 from vtrain.models.decoder import Decoder, DecoderConfig, fill_normal_rows, local_rows
 from vtrain.models.presets import from_hf_config, to_hf_config
 from vtrain.vocab import Vocabulary
@@ -157,7 +157,7 @@ def export_hf(
         hf = to_hf_config(config, vocab) | {"torch_dtype": str(writer.saved_dtype).removeprefix("torch.")}
         _write_json(temporary / CONFIG, hf)
         _write_json(temporary / VOCABULARY, {"ranges": vocab.to_json(), "specials": dict(specials or {})})
-        _replace_folder(temporary, folder)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -320,7 +320,7 @@ class _Writer:
         self.saved_dtype = tensor.dtype
 
     def _flush(self) -> None:
-        save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        write_tensors(self.folder / f"shard-{len(self.shards)}", self.pending, {"format": "pt"})
         self.shards.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 
@@ -336,17 +336,6 @@ class _Writer:
             _write_json(self.folder / INDEX, index)
         for n, name in enumerate(names):
             (self.folder / f"shard-{n}").rename(self.folder / name)
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old)
-    else:
-        new.rename(folder)
 
 
 def _same_vocabulary(path: Path, found: Vocabulary, wanted: Vocabulary) -> None:
@@ -379,4 +368,4 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_durably(path, json.dumps(value, indent=2) + "\n")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from vtrain.files import write_durably
+
 BYTE_PIECES = 256
 
 
@@ -76,9 +78,7 @@ def train_sentencepiece(
         raise ValueError(_training_error(str(error), vocab_size, extra, out_path)) from None
     out_path = Path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_path.with_name(f".{out_path.name}.tmp")
-    partial.write_bytes(model.getvalue())
-    partial.replace(out_path)
+    write_durably(out_path, model.getvalue())
     return out_path
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from vtrain.files import write_durably
 from vtrain.text.added import AddedToken, AddedTokens
 from vtrain.text.bpe_files import read_ranks, read_tokenizer_json, read_vocab_and_merges
 from vtrain.text.spm import SentencePieceModel
@@ -95,7 +96,7 @@ class TextTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._contents().items():
-            (folder / name).write_bytes(data)
+            write_durably(folder / name, data)
 
     def _contents(self) -> dict[str, bytes]:
         return self._files | {_SPECIALS_FILE: json.dumps(self.specials).encode()}

@@ -13,7 +13,6 @@ A folder is written under a temporary name and renamed when complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from vtrain._host import crc32c
 from vtrain.dist.comm import barrier, raise_together
 from vtrain.dist.fsdp import local, local_rows
 from vtrain.dist.mesh import World
+from vtrain.files import replace_folder, write_durably, write_tensors
 
 FORMAT = 1
 
@@ -82,12 +81,10 @@ def save(folder: Path, tensors: Tensors, state: Mapping, config: str, world: Wor
         problem = f"{temporary}: rank {world.rank} cannot write: {error}"
     raise_together(problem)
     if world.main:
-        _write_synced(temporary / "state.json", json.dumps({"format": FORMAT, "ranks": world.size, **state}, indent=1))
-        _write_synced(temporary / "config.toml", config)
+        write_durably(temporary / "state.json", json.dumps({"format": FORMAT, "ranks": world.size, **state}, indent=1))
+        write_durably(temporary / "config.toml", config)
         write_manifest(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        _sync_folder(folder.parent)
+        replace_folder(temporary, folder)
     barrier()
 
 
@@ -125,8 +122,7 @@ def read_state(folder: Path) -> dict:
 def write_manifest(folder: Path) -> None:
     """Size and crc32c of every file in the folder, into `manifest.json`."""
     files = {p.name: _fingerprint(p) for p in sorted(folder.iterdir()) if p.is_file()}
-    _write_synced(folder / "manifest.json", json.dumps({"files": files}, indent=1))
-    _sync_folder(folder)
+    write_durably(folder / "manifest.json", json.dumps({"files": files}, indent=1))
 
 
 def check_manifest(folder: Path) -> None:
@@ -171,10 +167,8 @@ def _write_rank(folder: Path, tensors: Tensors, world: World) -> None:
             own[name], index[name] = tensor, [-1, 0]
     stem = f"rank-{world.rank:05d}"
     path = folder / f"{stem}.safetensors"
-    save_file({name: t.detach().cpu().contiguous() for name, t in own.items()}, path)
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    _write_synced(folder / f"{stem}.json", json.dumps({"tensors": index}))
+    write_tensors(path, own)
+    write_durably(folder / f"{stem}.json", json.dumps({"tensors": index}))
 
 
 def _read_index(folder: Path, ranks: int) -> dict[str, list[tuple[str, int]]]:
@@ -241,18 +235,3 @@ def _fingerprint(path: Path) -> dict[str, int]:
         data = np.memmap(path, dtype=np.uint8, mode="r")
         value = crc32c(data)
     return {"size": size, "crc32c": value}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from vtrain.files import write_whole
 
 
 def plot_losses(metrics: Path, target: Path) -> None:
@@ -32,10 +35,10 @@ def plot_losses(metrics: Path, target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    temporary = target.with_name(f".tmp-{target.name}")
-    figure.savefig(temporary, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     plt.close(figure)
-    temporary.rename(target)
+    write_whole(target, picture.getvalue())
 
 
 def _is_loss(name: str) -> bool:

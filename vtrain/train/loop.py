@@ -20,11 +20,14 @@ from vtrain import config
 from vtrain.dist.comm import barrier, sum_over_ranks
 from vtrain.dist.fsdp import sync_gradients
 from vtrain.dist.mesh import World
+from vtrain.files import replace_folder, write_durably
 from vtrain.train import checkpoint
 from vtrain.train.meter import Meter
 from vtrain.train.optim import AdamW
 from vtrain.train.schedule import lr_factor
 from vtrain.train.sinks import open_sinks
+
+TRAINING = "training.json"  # in the exported folder: {"step": of the weights, "trained_steps": of the run}
 
 
 @dataclass
@@ -100,12 +103,12 @@ class _Run:
     def run(self) -> Path:
         self._resume()
         final = self.out / "final"
-        if self.step == self.steps and (final / "config.json").is_file():
+        if self.step == self.steps and _exported_after(final) == self.steps:
             self._say(f"{self.out}: already trained to step {self.step}; nothing to do")
             return final
         if self.world.main:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.toml").write_text(config.dump(self.settings))
+            write_durably(self.out / "config.toml", config.dump(self.settings))
         barrier()
         self.sinks = (
             open_sinks(self.settings.log.sinks, self.out, self.settings.run.name, self.step) if self.world.main else []
@@ -235,12 +238,16 @@ class _Run:
 
     def _finish(self, final: Path) -> None:
         """Export the last weights, or the best ones of the evaluations."""
+        exported = self.step
         if self.settings.checkpoint.export == "best" and self.best and self.best["step"] != self.step:
-            source = checkpoint.step_folder(self.folder, self.best["step"])
-            checkpoint.load(source, self._tensors(), self.world)
-            self._say(f"exporting the best checkpoint: step {self.best['step']}, eval loss {self.best['loss']:.4f}")
-        self.task.export(final)
+            exported = self.best["step"]
+            checkpoint.load(checkpoint.step_folder(self.folder, exported), self._tensors(), self.world)
+            self._say(f"exporting the best checkpoint: step {exported}, eval loss {self.best['loss']:.4f}")
+        new = self.out / ".tmp-final"
+        self.task.export(new)
         if self.world.main:
+            write_durably(new / TRAINING, json.dumps({"step": exported, "trained_steps": self.step}))
+            replace_folder(new, final)
             self._plot()
         self._say(f"done: {final}")
 
@@ -259,6 +266,14 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.world.main:
             print(text, flush=True)
+
+
+def _exported_after(final: Path) -> int:
+    """The number of steps behind the model in `final`, -1 where there is none."""
+    try:
+        return json.loads((final / TRAINING).read_text())["trained_steps"]
+    except (OSError, ValueError, KeyError):
+        return -1
 
 
 def _global_counts(counts: list[dict[str, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from vtrain.rng import fold
 from vtrain.settings import TrainingPictures
 from vtrain.text import load_text_tokenizer
 from vtrain.visual import load_image_tokenizer
-from vtrain.visual.sheets import draw_grid
+from vtrain.visual.sheets import draw_grid, write_png
 
 
 class PictureDrawer:
@@ -58,7 +58,4 @@ class PictureDrawer:
         if self.world.main:
             pictures = decode_pictures(ids, self.image, decoder.vocab, grid=(side, side))
             grid = draw_grid(s.prompts, [pictures[n : n + s.per_prompt] for n in range(0, len(rows), s.per_prompt)])
-            self.out.mkdir(parents=True, exist_ok=True)
-            temporary = self.out / f".tmp-step-{step:08d}.png"
-            grid.save(temporary, format="png")
-            temporary.rename(self.out / f"step-{step:08d}.png")
+            write_png(self.out / f"step-{step:08d}.png", grid)

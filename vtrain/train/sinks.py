@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from vtrain.files import write_durably
+
 SINKS = ("console", "tensorboard", "wandb")
 
 
@@ -16,9 +18,7 @@ class Jsonl:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= resume_step]
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(kept))
-        temporary.rename(path)
+        write_durably(path, "".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
 
     def write(self, record: dict) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vtrain.files import write_whole
 
 SHEET_SIDES = (96, 384)  # shown pixels in a sheet: smaller pictures are enlarged, larger ones reduced
 GRID_SIDES = (64, 256)
@@ -59,6 +64,14 @@ def draw_grid(captions: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> 
         for c, cell in enumerate(row):
             sheet.image.paste(cell, (_GRID_CAPTION_WIDTH + c * width, top))
     return sheet.image
+
+
+def write_png(path: str | os.PathLike, image: Image.Image) -> None:
+    """Write a picture whole or not at all; its folder is made."""
+    data = io.BytesIO()
+    image.save(data, format="png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data.getvalue())
 
 
 def wrap_caption(caption: str, width: int, font: ImageFont.FreeTypeFont, lines: int = CAPTION_LINES) -> str:

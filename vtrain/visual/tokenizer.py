@@ -13,6 +13,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from vtrain.files import write_durably
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
 CONFIG_FILE = "config.json"
@@ -88,8 +89,8 @@ def save_image_tokenizer(
     """Write config.json and model.safetensors (tensors as of `Autoencoder.weights`), each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS_FILE, safetensors.torch.save(_on_host(tensors)))
-    _write(folder / CONFIG_FILE, _config_bytes(config))
+    write_durably(folder / WEIGHTS_FILE, safetensors.torch.save(_on_host(tensors)))
+    write_durably(folder / CONFIG_FILE, _config_bytes(config))
 
 
 def load_image_tokenizer(folder: str | os.PathLike, device: torch.device | str = "cpu") -> ImageTokenizer:
@@ -147,9 +148,3 @@ def _config_bytes(config: AutoencoderConfig) -> bytes:
 
 def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -19,7 +19,7 @@ from vtrain.train.loop import Work
 from vtrain.train.optim import AdamW
 from vtrain.train.tasks.root import Root, compute_dtype
 from vtrain.visual.preprocess import center_crop_resize, load_image, to_uint8
-from vtrain.visual.sheets import draw_grid
+from vtrain.visual.sheets import draw_grid, write_png
 from vtrain.visual.tokenizer import save_image_tokenizer
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
@@ -131,9 +131,8 @@ class AutoencoderTask:
         self.root.train()
         if self.world.main:
             rows = [list(to_uint8(images)), list(to_uint8(restored))]
-            draw_grid(["held out", f"restored, step {step}"], rows).save(
-                Path(self.settings.run.out) / "reconstructions.png"
-            )
+            grid = draw_grid(["held out", f"restored, step {step}"], rows)
+            write_png(Path(self.settings.run.out) / "reconstructions.png", grid)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Means over the held-out images: the loss, its terms and the pixel errors."""
