@@ -203,3 +203,36 @@ def test_dry_run_shows_a_batch_and_trains_nothing(data, tmp_path, capsys):
     assert "visual[" in shown
     assert not out.exists()
     assert SPECIALS["<|soi|>"] == 27  # the piece that predicts the first code
+
+
+def test_longer_training_goes_on_and_exports_anew(data, tmp_path):
+    out = tmp_path / "out"
+    last = {"every": 0, "best": False, "export": "last"}
+    main(pretrain_settings(out, *data, checkpoint=last, optim={"schedule": "constant"}))
+    first = load_file(out / "final" / "model.safetensors")
+    assert json.loads((out / "final" / "training.json").read_text()) == {"step": 6, "trained_steps": 6}
+    longer = {"steps": 8, "tokens_per_step": 256}
+    main(pretrain_settings(out, *data, checkpoint=last, optim={"schedule": "constant"}, train=longer))
+    second = load_file(out / "final" / "model.safetensors")
+    assert json.loads((out / "final" / "training.json").read_text()) == {"step": 8, "trained_steps": 8}
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+    assert [r["step"] for r in records(out)] == list(range(1, 9))
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_best_checkpoint_is_kept_and_exported(data, tmp_path):
+    """A rate that ruins the model after the first evaluation: the weights before that are what comes out."""
+    out = tmp_path / "out"
+    settings = pretrain_settings(
+        out,
+        *data,
+        checkpoint={"keep": 1},
+        optim={"lr": 3.0, "schedule": "constant", "grad_clip": 0.0, "warmup": 6},
+        train={"steps": 9, "tokens_per_step": 256},
+    )
+    main(settings)
+    losses = {r["step"]: r["eval/valid/loss"] for r in records(out, "eval")}
+    best = min(losses, key=losses.get)
+    assert best != 9, "the test's rate does not ruin the model"
+    assert json.loads((out / "final" / "training.json").read_text()) == {"step": best, "trained_steps": 9}
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"step-{best:08d}", "step-00000009"]

@@ -1,0 +1,1 @@
+"""Process groups, sharding and collectives. Imports torch only."""
