@@ -65,7 +65,7 @@ def pretrain_settings(out: Path, train_data: Path, valid_data: Path | None = Non
     """A run of a two-layer decoder; `changes` are {"section": {"key": value}}."""
     tree = {
         "run": {"out": str(out), "device": "cpu", "seed": 3},
-        "model": {"preset": "digits", "layers": 2, "hidden": 32, "ffn": 48},
+        "model": {"preset": "digits", "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 48},
         "data": {"sources": [{"path": str(train_data)}], "pack_tokens": 64, "prefetch": 1},
         "optim": {"lr": 1e-2, "warmup": 2},
         "train": {"steps": 6, "tokens_per_step": 256},

@@ -31,7 +31,7 @@ def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> Decode
 
 
 PRESETS = {
-    "digits": DecoderConfig(3, 64, 2, 2, 192, max_positions=1024),
+    "digits": DecoderConfig(3, 96, 3, 3, 288, max_positions=1024),
     "tiny": DecoderConfig(4, 128, 4, 2, 384, qk_norm=True, max_positions=4096),
     "llama-3.2-1b": _llama3(16, 2048, 32, 8192, _LLAMA_32, tied=True),
     "llama-3.2-3b": _llama3(28, 3072, 24, 8192, _LLAMA_32, tied=True),
