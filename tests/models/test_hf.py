@@ -340,9 +340,9 @@ def test_presets_have_the_published_numbers_of_parameters(name, rows, parameters
 
 
 def test_preset_overrides():
-    assert preset("digits") == DecoderConfig(3, 64, 2, 2, 192, max_positions=1024)
-    assert preset("digits", hidden=128, tied=True).head_dim == 64
-    assert preset("digits", hidden=128, head_dim=16).head_dim == 16
+    assert preset("digits") == DecoderConfig(3, 96, 3, 3, 288, max_positions=1024)
+    assert preset("digits", hidden=192, tied=True).head_dim == 64
+    assert preset("digits", hidden=192, head_dim=16).head_dim == 16
     assert preset("qwen3-0.6b", hidden=512).head_dim == 128
     with pytest.raises(ValueError, match=r"'qwen2.5-0.5' is unknown, the nearest is 'qwen2.5-0.5b'"):
         preset("qwen2.5-0.5")

@@ -111,7 +111,10 @@ def test_finished_run_is_left_alone(one_rank, data, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"preset": "digits", "layers": 1, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 48}}, r"'layers': 2.*this run.*'layers': 1"),
+        (
+            {"model": {"preset": "digits", "layers": 1, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 48}},
+            r"'layers': 2.*this run.*'layers': 1",
+        ),
         ({"checkpoint": {"resume": "never"}}, "resume is never"),
         ({"checkpoint": {"resume": "/nowhere/step-1"}}, "/nowhere/step-1: no such checkpoint"),
         ({"train": {"steps": 5, "tokens_per_step": 256}}, "at step 20, past train.steps = 5"),
