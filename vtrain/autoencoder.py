@@ -24,7 +24,7 @@ def main(settings: AutoencoderSettings, dry_run: bool = False) -> None:
         batch = next(plan.loader(plan.records).steps())[0]
         print(f"batch: images {list(batch.images.shape)}, {batch.count} real, keys {batch.keys[:4].tolist()} ...")
         return
-    with world(settings.run.device) as here:
+    with world(settings.run.device, settings.run.timeout_s, settings.run.deterministic) as here:
         if here.main:
             print(plan.describe(), flush=True)
         run(AutoencoderTask(settings, here, plan), settings, here)

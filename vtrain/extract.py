@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +35,7 @@ from vtrain.data.sources.image_folder import ImageFolder, Record
 from vtrain.data.writer import ShardWriter
 from vtrain.dist.comm import max_over_ranks, raise_together, sum_over_ranks
 from vtrain.dist.mesh import set_threads, world
-from vtrain.files import write_durably
+from vtrain.files import clear_leftovers, delete, delete_folder, write_durably
 from vtrain.settings import ExtractSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
@@ -176,7 +175,8 @@ def _open_folder(job: Job, out: Path) -> bool:
     elif out.exists() and (not out.is_dir() or generations(out) or any(out.glob("*.vts"))):
         raise ValueError(f"{out}: not made by vtrain.extract (no {IDENTITY_FILE}); take another run.out")
     if out.is_dir() and generations(out):
-        shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
+        delete_folder(out / PROGRESS_FOLDER)
+        clear_leftovers(out)
         return True
     (out / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
     job.text.save(out / "text_tokenizer")
@@ -326,14 +326,15 @@ def _finish(job: Job, out: Path, max_skipped: int) -> bool:
     if skipped:
         write_durably(listing, "".join(json.dumps(entry) + "\n" for entry in skipped).encode())
     else:
-        listing.unlink(missing_ok=True)
+        delete(listing)
     infos = [ShardInfo(**result["shard"]) for result in results]
     total = sum(info.samples for info in infos) + len(skipped)
     if len(skipped) == total or 0 <= max_skipped < len(skipped):
         allowed = "at least one readable one" if max_skipped < 0 else f"at most {max_skipped} (input.max_skipped)"
         raise ValueError(f"{listing}: {len(skipped)} of {total} images cannot be read; expected {allowed}")
     publish(out, job.schema, infos, skipped=len(skipped))
-    shutil.rmtree(out / PROGRESS_FOLDER)
+    delete_folder(out / PROGRESS_FOLDER)
+    clear_leftovers(out)
     return False
 
 

@@ -23,7 +23,7 @@ def main(settings: PretrainSettings, dry_run: bool = False) -> None:
         print(plan.describe())
         print(plan.describe_batch())
         return
-    with world(settings.run.device) as here:
+    with world(settings.run.device, settings.run.timeout_s, settings.run.deterministic) as here:
         if here.main:
             print(plan.describe(), flush=True)
         run(PretrainTask(settings, here, plan), settings, here)

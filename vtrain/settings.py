@@ -33,6 +33,8 @@ class SeededRun(Run):
 class TrainingRun(SeededRun):
     """Where the job works, its seed and its label."""
 
+    timeout_s: float = key(600.0, "seconds without progress after which a rank names what it does and ends", above=0)
+    deterministic: bool = key(False, "only deterministic GPU kernels; slower; CPU runs always are")
     name: str = key("", "a label for trackers; empty = the name of the folder")
 
 
@@ -134,6 +136,7 @@ class Optim:
     warmup: int = key(0, "steps of linear warmup", min=0)
     decay: float = key(0.2, "share of all steps in which wsd goes down", min=0, max=1)
     min_lr: float = key(0.0, "where cosine and wsd end, as a share of lr", min=0, max=1)
+    ema: float = key(0.0, "decay of the averaged weights that are evaluated and exported; 0 = none", min=0, max=1)
     grad_clip: float = key(1.0, "largest L2 norm of the gradients; 0 = no clipping", min=0)
 
 
@@ -143,6 +146,7 @@ class Train:
 
     steps: int = key(REQUIRED, "optimizer steps", min=1)
     tokens_per_step: int = key(65536, "tokens of a step over all ranks, a multiple of data.pack_tokens", min=1)
+    max_bad_steps: int = key(10, "steps skipped for a loss or gradient that is not finite before the run ends", min=0)
     trainable: tuple[str, ...] = key(("*",), "shell patterns of the parameters that are trained")
 
 
@@ -293,6 +297,7 @@ class AutoencoderTrain:
 
     steps: int = key(REQUIRED, "optimizer steps", min=1)
     images_per_step: int = key(256, "images of a step over all ranks", min=1)
+    max_bad_steps: int = key(10, "steps skipped for a loss or gradient that is not finite before the run ends", min=0)
     micro_batch: int = key(0, "images in one forward; 0 = a rank's whole share of a step", min=0)
 
 

@@ -5,7 +5,6 @@ A killed writer leaves `.tmp-<uuid>` and nothing else; a shard of the same name 
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from vtrain._host import crc32c, crc32c_blocks, crc32c_combine
 from vtrain.data import format
 from vtrain.data.format import Footer, Schema, Section, ShardError, ShardInfo
 from vtrain.data.samples import Samples, check_samples
-from vtrain.files import sync_folder
+from vtrain.files import replace, sync, sync_folder, write
 
 
 class BlockChecksums:
@@ -203,11 +202,10 @@ class ShardWriter:
             )
         )
         self._write(page)
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
+        sync(self._file, self.path)
         self._file.close()
         self._file = None
-        os.replace(self._temporary, self.path)
+        replace(self._temporary, self.path)
         sync_folder(self.path.parent)
         return format.shard_info(self.path)
 
@@ -225,7 +223,7 @@ class ShardWriter:
     def _write(self, data: np.ndarray | bytes) -> None:
         data = memoryview(data if isinstance(data, bytes) else data.view(np.uint8))
         try:
-            self._file.write(data)
+            write(self._file, data, self.path)
         except BaseException:  # a full disk: what is there is no longer what the checksums say
             self.abort()
             raise

@@ -28,16 +28,21 @@ class World:
 
 
 @contextmanager
-def world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
+def world(device: str = "auto", timeout_s: float = 600.0, deterministic: bool = False) -> Iterator[World]:
     """Join the process group for the length of the block and leave it in an orderly way.
 
     device: "cpu", "cuda" or "auto" (cuda where there is one). Under torchrun the rendezvous comes from its environment;
-    without it the process is alone and opens no port. ValueError if cuda is asked for and absent.
+    without it the process is alone and opens no port. deterministic: torch's deterministic algorithms only, which on a
+    GPU costs speed and memory (index_add and scatter backwards; a workspace for cuBLAS) and raises for an operator that
+    has none. ValueError if cuda is asked for and absent.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"run.device: {device!r}, expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: 'cuda', but torch finds no CUDA device; use cpu or auto")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matrix product
+        torch.use_deterministic_algorithms(True)
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")

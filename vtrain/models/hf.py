@@ -8,7 +8,6 @@ also has `vocabulary.json` ({"ranges": [[name, size], ...], "specials": {token: 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vtrain import rng
-from vtrain.files import replace_folder, write_durably, write_tensors
+from vtrain.files import fresh_folder, replace, replace_folder, write_durably, write_tensors
 from vtrain.models.decoder import Decoder, DecoderConfig, fill_normal_rows, local_rows
 from vtrain.models.presets import from_hf_config, to_hf_config
 from vtrain.vocab import Vocabulary
@@ -146,9 +145,8 @@ def export_hf(
     renamed, an older one is replaced; after an error nothing is left. ValueError lists names or shapes that do not fit.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    fresh_folder(temporary)
     try:
         writer = _Writer(temporary, max_shard_bytes, dtype)
         for key, tensor in _to_hf(tensors, config, vocab):
@@ -335,7 +333,7 @@ class _Writer:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.folder / INDEX, index)
         for n, name in enumerate(names):
-            (self.folder / f"shard-{n}").rename(self.folder / name)
+            replace(self.folder / f"shard-{n}", self.folder / name)
 
 
 def _same_vocabulary(path: Path, found: Vocabulary, wanted: Vocabulary) -> None:

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000200/
       rank-00000.safetensors   this rank's rows of every parameter and optimizer state (buffers and scalars: rank 0)
-      rank-00000.json          {"tensors": {name: [first row, rows of the whole]}}; first row -1 = not sharded
+      rank-00000.json          {"tensors": {name: [first row, rows of the whole]}, "own": this rank's state}; first row
+                               -1 = not sharded
       state.json               step, task state (loader cursor ...), and what names the run (model, vocabulary)
       config.toml              the resolved configuration
       manifest.json            size and crc32c of every file above; written last, checked before anything is read
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from vtrain._host import crc32c
-from vtrain.dist.comm import barrier, raise_together
+from vtrain.dist.comm import raise_together
 from vtrain.dist.fsdp import local, local_rows
 from vtrain.dist.mesh import World
 from vtrain.files import replace_folder, write_durably, write_tensors
@@ -45,6 +46,13 @@ class Tensors:
 
     def joined(self, other: Tensors) -> Tensors:
         return Tensors(self.sharded | other.sharded, self.whole | other.whole)
+
+    def copied(self) -> Tensors:
+        """Copies on the host, so that training may go on while they are written."""
+        return Tensors(
+            {name: (t.detach().to("cpu", copy=True), rows) for name, (t, rows) in self.sharded.items()},
+            {name: t.detach().to("cpu", copy=True) for name, t in self.whole.items()},
+        )
 
 
 def module_tensors(module: torch.nn.Module, prefix: str) -> Tensors:
@@ -67,36 +75,44 @@ def list_steps(root: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in root.glob("step-*") if p.name[5:].isdigit())
 
 
-def save(folder: Path, tensors: Tensors, state: Mapping, config: str, world: World) -> None:
-    """Write one checkpoint, all ranks together. `state` is JSON-able and equal on all ranks."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    if world.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    problem = None
-    try:
-        _write_rank(temporary, tensors, world)
-    except OSError as error:
-        problem = f"{temporary}: rank {world.rank} cannot write: {error}"
-    raise_together(problem)
-    if world.main:
-        write_durably(temporary / "state.json", json.dumps({"format": FORMAT, "ranks": world.size, **state}, indent=1))
-        write_durably(temporary / "config.toml", config)
-        write_manifest(temporary)
-        replace_folder(temporary, folder)
-    barrier()
+def open_folder(folder: Path, world: World) -> None:
+    """Make the folder that a checkpoint is written in before it gets its name (the main rank does)."""
+    temporary = _temporary(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()  # not its parents: a run's folder that is gone is an error, not a new folder
 
 
-def load(folder: Path, tensors: Tensors, world: World) -> dict:
-    """Fill this rank's tensors in place from a checkpoint and return its state.
+def write_rank(folder: Path, tensors: Tensors, own: Mapping, world: World) -> None:
+    """Write this rank's tensors and its own JSON-able state."""
+    _write_rank(_temporary(folder), tensors, own, world)
+
+
+def write_state(folder: Path, state: Mapping, config: str, world: World) -> None:
+    """Write what all ranks share."""
+    content = json.dumps({"format": FORMAT, "ranks": world.size, **state}, indent=1)
+    write_durably(_temporary(folder) / "state.json", content)
+    write_durably(_temporary(folder) / "config.toml", config)
+
+
+def complete(folder: Path) -> None:
+    """All ranks have written: seal the checkpoint with its manifest and give it its name."""
+    write_manifest(_temporary(folder))
+    replace_folder(_temporary(folder), folder)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def load(folder: Path, tensors: Tensors, world: World) -> tuple[dict, list[dict]]:
+    """Fill this rank's tensors in place from a checkpoint; its state, and the own states of the ranks that wrote it.
 
     CheckpointError lists every tensor that is missing, unexpected or of another shape.
     """
     state = read_state(folder)
-    problem = None
+    problem, own = None, []
     try:
-        parts = _read_index(folder, state["ranks"])
+        parts, own = _read_index(folder, state["ranks"])
         _compare(folder, parts, tensors)
         with _Files(folder) as files:
             for name, (target, rows) in tensors.sharded.items():
@@ -107,7 +123,7 @@ def load(folder: Path, tensors: Tensors, world: World) -> dict:
     except CheckpointError as error:
         problem = str(error)
     raise_together(problem)
-    return state
+    return state, own
 
 
 def read_state(folder: Path) -> dict:
@@ -145,44 +161,39 @@ def check_manifest(folder: Path) -> None:
             raise CheckpointError(f"{target}: found {found}, the manifest says {expected}")
 
 
-def prune(root: Path, keep: int, protected: set[int]) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all); `protected` steps always stay."""
-    if keep > 0:
-        for step in list_steps(root)[:-keep]:
-            if step not in protected:
-                shutil.rmtree(step_folder(root, step))
-
-
-def _write_rank(folder: Path, tensors: Tensors, world: World) -> None:
-    own: dict[str, torch.Tensor] = {}
+def _write_rank(folder: Path, tensors: Tensors, own: Mapping, world: World) -> None:
+    held: dict[str, torch.Tensor] = {}
     index: dict[str, list[int]] = {}
     for name, (tensor, rows) in tensors.sharded.items():
         first, stop = local_rows(rows, world)
         if stop - first != tensor.shape[0]:
             raise AssertionError(f"{name}: rank {world.rank} holds {tensor.shape[0]} rows, expected {first}..{stop}")
         if stop > first:
-            own[name], index[name] = tensor, [first, rows]
+            held[name], index[name] = tensor, [first, rows]
     if world.main:
         for name, tensor in tensors.whole.items():
-            own[name], index[name] = tensor, [-1, 0]
+            held[name], index[name] = tensor, [-1, 0]
     stem = f"rank-{world.rank:05d}"
     path = folder / f"{stem}.safetensors"
-    write_tensors(path, own)
-    write_durably(folder / f"{stem}.json", json.dumps({"tensors": index}))
+    write_tensors(path, held)
+    write_durably(folder / f"{stem}.json", json.dumps({"tensors": index, "own": own}))
 
 
-def _read_index(folder: Path, ranks: int) -> dict[str, list[tuple[str, int]]]:
-    """name -> [(file, first row), ...] in row order; first row -1 for a whole tensor."""
+def _read_index(folder: Path, ranks: int) -> tuple[dict[str, list[tuple[str, int]]], list[dict]]:
+    """({name: [(file, first row), ...] in row order; first row -1 for a whole tensor}, own states of the ranks)."""
     parts: dict[str, list[tuple[str, int]]] = {}
+    own = []
     for rank in range(ranks):
         stem = f"rank-{rank:05d}"
         try:
-            index = json.loads((folder / f"{stem}.json").read_text())["tensors"]
+            content = json.loads((folder / f"{stem}.json").read_text())
+            index = content["tensors"]
+            own.append(content["own"])
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder / stem}.json: {error}") from error
         for name, (first, _) in index.items():
             parts.setdefault(name, []).append((f"{stem}.safetensors", first))
-    return parts
+    return parts, own
 
 
 class _Files:

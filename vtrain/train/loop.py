@@ -8,8 +8,11 @@ and ranks; clip; update; end the step.
 from __future__ import annotations
 
 import json
+import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +20,19 @@ import torch
 from torch import nn
 
 from vtrain import config
-from vtrain.dist.comm import barrier, sum_over_ranks
+from vtrain.dist.comm import raise_together, sum_over_ranks
 from vtrain.dist.fsdp import sync_gradients
 from vtrain.dist.mesh import World
 from vtrain.files import replace_folder, write_durably
 from vtrain.train import checkpoint
+from vtrain.train.ema import Ema
 from vtrain.train.meter import Meter
 from vtrain.train.optim import AdamW
+from vtrain.train.saver import Saver
 from vtrain.train.schedule import lr_factor
+from vtrain.train.signals import StopRequest
 from vtrain.train.sinks import open_sinks
+from vtrain.train.watchdog import Watchdog
 
 TRAINING = "training.json"  # in the exported folder: {"step": of the weights, "trained_steps": of the run}
 
@@ -44,7 +51,6 @@ class Work:
     units: float
     capacity: float
     flops: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -62,8 +68,8 @@ class Task(Protocol):
     def terms(self, optimizer: str, batch: Any) -> tuple[dict, dict]:
         """Forward of one micro-batch: (terms {name: (sum, weight)}, stats {name: detached sum})."""
 
-    def end_step(self, step: int) -> dict[str, torch.Tensor]:
-        """After the updates of a step; device scalars for the log."""
+    def end_step(self, step: int, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """After the updates of a step; device scalars for the log. kept (device scalar): 0 = the step was skipped."""
 
     def show(self, step: int) -> None:
         """Pictures of how it goes, at the steps the task chooses."""
@@ -96,90 +102,147 @@ class _Run:
         self.steps = settings.train.steps
         self.step = 0
         self.best: dict = {}  # {"step": n, "loss": x}
-        self.evaluated = -1
         self.term_weights: dict[str, float] = {}
+        self.bad_steps = torch.zeros((), device=world.device)  # skipped ones; read when a line is logged
         self.meter = Meter(world.device, task.unit, task.peak_flops)
+        self.saver = Saver(self.folder, world, settings.checkpoint.keep)
+        self.ema = Ema(task.optimizers.values(), settings.optim.ema) if settings.optim.ema else None
+        self.watchdog = Watchdog(world.rank, settings.run.timeout_s)
+        self.stop = StopRequest()
+        self.sinks: list = []
 
     def run(self) -> Path:
+        try:
+            with self.stop, self.watchdog:
+                return self._run()
+        except BaseException as error:
+            place = f"rank {self.world.rank}, step {self.step}, {self.watchdog.operation}"
+            print(f"{place}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise
+        finally:
+            for sink in self.sinks:
+                sink.close()
+
+    def _run(self) -> Path:
         self._resume()
         final = self.out / "final"
         if self.step == self.steps and _exported_after(final) == self.steps:
             self._say(f"{self.out}: already trained to step {self.step}; nothing to do")
             return final
-        if self.world.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_durably(self.out / "config.toml", config.dump(self.settings))
-        barrier()
-        self.sinks = (
-            open_sinks(self.settings.log.sinks, self.out, self.settings.run.name, self.step) if self.world.main else []
-        )
+        self._on_main(self._open_out)
         self.meter.restart_clock()
-        try:
-            self._train()
+        self._train()
+        self._doing("writing the checkpoint")
+        self.saver.wait()
+        if self.step < self.steps:
+            self._say(f"stopped at step {self.step}/{self.steps}, which is saved; the same command goes on from there")
+        else:
             self._finish(final)
-        finally:
-            for sink in self.sinks:
-                sink.close()
         return final
+
+    def _open_out(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_durably(self.out / "config.toml", config.dump(self.settings))
+        self.sinks = open_sinks(self.settings.log.sinks, self.out, self.settings.run.name, self.step)
 
     def _train(self) -> None:
         every = self.settings
         while self.step < self.steps:
-            norm = self._one_step()
+            norm, stopping = self._one_step()
             last = self.step == self.steps
             if last or self.step % every.log.every == 0:
                 self._log(norm)
             improved = False
             if every.eval.every and (last or self.step % every.eval.every == 0):
                 improved = self._evaluate()
-            self.task.show(self.step)
+            self._doing("drawing pictures")
+            with self._averaged():
+                self.task.show(self.step)
             due = every.checkpoint.every and self.step % every.checkpoint.every == 0
-            if last or due or (improved and every.checkpoint.best):
+            if last or due or stopping or (improved and every.checkpoint.best):
                 self._save()
+            if stopping:
+                return
 
-    def _one_step(self) -> torch.Tensor:
+    def _one_step(self) -> tuple[torch.Tensor, bool]:
+        """One update; (gradient norm, whether a rank was asked to stop)."""
         task, started = self.task, time.perf_counter()
+        self._doing("loading data")
         work = task.next_work()
         wait = time.perf_counter() - started
-        counts = _global_counts(work.counts)
+        self._doing("summing counts over ranks")
+        counts, stopping = self._agree(work.counts)
         optim = self.settings.optim
         factor = lr_factor(
             self.step, self.steps, kind=optim.schedule, warmup=optim.warmup, decay=optim.decay, floor=optim.min_lr
         )
         for name, optimizer in task.optimizers.items():
-            for i, batch in enumerate(work.batches):
-                sync_gradients(task.root, i == len(work.batches) - 1)
-                terms, stats = task.terms(name, batch)
-                loss = torch.zeros((), device=self.world.device)
-                for term, (total, weight) in terms.items():
-                    self.term_weights[term] = weight
-                    loss = loss + total * (weight / max(counts[term], 1e-12))
-                    self.meter.add(term, total)
-                loss.backward()
-                for stat, total in stats.items():
-                    self.meter.add(stat, total)
-            norm = optimizer.clip(optim.grad_clip)
+            loss = self._forward_backward(name, work, counts)
+            self._doing("reducing the gradient norm")
+            norm = optimizer.clip(optim.grad_clip, loss)
+            kept = norm.isfinite().float()
             optimizer.set_lr(optimizer.base_lr * factor)
-            optimizer.step()
-        self.last_stats = task.end_step(self.step)
+            optimizer.step(kept)
+        self._doing("ending the step")
+        self.last_stats = task.end_step(self.step, kept)
+        if self.ema is not None:
+            self.ema.update(kept)
+        self.bad_steps += 1.0 - kept
         self.step += 1
         self.lr = next(iter(task.optimizers.values())).base_lr * factor
-        self.meter.step_done(counts, work.units, work.capacity, work.flops, wait)
-        return norm
+        self.meter.step_done(kept, counts, units=work.units, capacity=work.capacity, flops=work.flops, wait=wait)
+        return norm, stopping
+
+    def _forward_backward(self, optimizer: str, work: Work, counts: dict[str, float]) -> torch.Tensor:
+        """Gradients of the step's loss for one optimizer; the detached loss of this rank."""
+        whole = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(work.batches):
+            self._doing(f"forward and backward of micro-batch {i}")
+            sync_gradients(self.task.root, i == len(work.batches) - 1)
+            terms, stats = self.task.terms(optimizer, batch)
+            loss = torch.zeros((), device=self.world.device)
+            for term, (total, weight) in terms.items():
+                self.term_weights[term] = weight
+                loss = loss + total * (weight / max(counts[term], 1e-12))
+                self.meter.add(term, total)
+            loss.backward()
+            whole += loss.detach()
+            for stat, total in stats.items():
+                self.meter.add(stat, total)
+        return whole
+
+    def _agree(self, counts: list[dict[str, float]]) -> tuple[dict[str, float], bool]:
+        """The one exchange of host numbers in a step: global counts, who was asked to stop, who has written."""
+        names = sorted(counts[0])
+        own = [sum(c[n] for c in counts) for n in names]
+        *sums, stopping, written = sum_over_ranks([*own, float(bool(self.stop.name)), float(self.saver.written)])
+        if written == self.world.size:
+            self._doing("completing a checkpoint")
+            self.saver.commit()
+        return dict(zip(names, sums)), stopping > 0
 
     def _log(self, norm: torch.Tensor) -> None:
+        self._doing("logging")
         values = self.meter.record(self.term_weights)
+        bad = int(self.bad_steps)
         record = {"kind": "train", "step": self.step, "steps": self.steps, "unit": self.task.unit, **values}
         record |= {"lr": self.lr, "grad_norm": float(norm), "eta_s": values["step_s"] * (self.steps - self.step)}
         record |= {f"stat/{name}": float(value) for name, value in self.last_stats.items()}
+        record |= {"bad_steps": bad} if bad else {}
         self._write(record)
+        limit = self.settings.train.max_bad_steps
+        if bad > limit:
+            raise ValueError(
+                f"step {self.step}: {bad} steps had a loss or gradient that is not finite and were skipped; "
+                f"train.max_bad_steps is {limit}"
+            )
 
     def _evaluate(self) -> bool:
+        self._doing("evaluating")
         self.task.root.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._averaged():
             results = self.task.evaluate()
         self.task.root.train()
-        self.evaluated = self.step
         if not results:
             return False
         loss = sum(r["loss"] for r in results.values()) / len(results)
@@ -192,28 +255,32 @@ class _Run:
         self.meter.restart_clock()  # an evaluation is not training time
         return improved
 
+    def _averaged(self) -> AbstractContextManager:
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
     def _save(self) -> None:
+        self._doing("copying the state for a checkpoint")
+        keep = self.settings.checkpoint
         state = {
             "step": self.step,
             "identity": self.task.identity(),
             "task": self.task.state(),
             "best": self.best,
             "units": self.meter.total_units,
+            "bad_steps": int(self.bad_steps),
         }
-        target = checkpoint.step_folder(self.folder, self.step)
-        checkpoint.save(target, self._tensors(), state, config.dump(self.settings), self.world)
-        if self.world.main:
-            keep = self.settings.checkpoint
-            checkpoint.prune(self.folder, keep.keep, {self.best["step"]} if keep.best and self.best else set())
-        barrier()
+        protected = {self.best["step"]} if keep.best and self.best else set()
+        own = {"meter": self.meter.state()}
+        self.saver.begin(self.step, self._tensors(), state, own, config.dump(self.settings), protected)
 
     def _tensors(self) -> checkpoint.Tensors:
         tensors = checkpoint.module_tensors(self.task.root, "root")
         for name, optimizer in self.task.optimizers.items():
             tensors = tensors.joined(optimizer.tensors(f"optim.{name}"))
-        return tensors
+        return tensors.joined(self.ema.tensors()) if self.ema is not None else tensors
 
     def _resume(self) -> None:
+        self._doing("resuming")
         choice = self.settings.checkpoint.resume
         steps = checkpoint.list_steps(self.folder)
         if choice == "never" and steps:
@@ -232,23 +299,31 @@ class _Run:
         _check_identity(source, state["identity"], self.task.identity())
         if state["step"] > self.steps:
             raise ValueError(f"{source}: is at step {state['step']}, past train.steps = {self.steps}")
-        checkpoint.load(source, self._tensors(), self.world)
+        _, own = checkpoint.load(source, self._tensors(), self.world)
         self.task.load_state(state["task"])
         self.step, self.best, self.meter.total_units = state["step"], state["best"], state["units"]
+        self.bad_steps.fill_(state["bad_steps"])
+        self.meter.load_state([rank["meter"] for rank in own], self.world.rank, self.world.size)
 
     def _finish(self, final: Path) -> None:
         """Export the last weights, or the best ones of the evaluations."""
         exported = self.step
         if self.settings.checkpoint.export == "best" and self.best and self.best["step"] != self.step:
             exported = self.best["step"]
+            self._doing("loading the best checkpoint")
             checkpoint.load(checkpoint.step_folder(self.folder, exported), self._tensors(), self.world)
             self._say(f"exporting the best checkpoint: step {exported}, eval loss {self.best['loss']:.4f}")
+        self._doing("exporting")
         new = self.out / ".tmp-final"
-        self.task.export(new)
-        if self.world.main:
+        with self._averaged():
+            self.task.export(new)
+
+        def name_it() -> None:
             write_durably(new / TRAINING, json.dumps({"step": exported, "trained_steps": self.step}))
             replace_folder(new, final)
             self._plot()
+
+        self._on_main(name_it)
         self._say(f"done: {final}")
 
     def _plot(self) -> None:
@@ -258,6 +333,19 @@ class _Run:
             self._say("no loss curve: matplotlib is not installed (pip install 'vtrain[plots]')")
             return
         plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Do what only the main rank does; all ranks fail when it fails on the disk or the user's input."""
+        problem = None
+        if self.world.main:
+            try:
+                action()
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        raise_together(problem)
+
+    def _doing(self, operation: str) -> None:
+        self.watchdog.doing(operation, self.step)
 
     def _write(self, record: dict) -> None:
         for sink in self.sinks:
@@ -274,12 +362,6 @@ def _exported_after(final: Path) -> int:
         return json.loads((final / TRAINING).read_text())["trained_steps"]
     except (OSError, ValueError, KeyError):
         return -1
-
-
-def _global_counts(counts: list[dict[str, float]]) -> dict[str, float]:
-    names = sorted(counts[0])
-    sums = sum_over_ranks([sum(c[n] for c in counts) for n in names])
-    return dict(zip(names, sums))
 
 
 def _check_identity(source: Path, found: dict, expected: dict) -> None:

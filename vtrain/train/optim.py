@@ -42,13 +42,15 @@ class AdamW:
         for group in self.inner.param_groups:
             group["lr"] = lr
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """The global L2 norm of all gradients (a device scalar); they are scaled down to `max_norm` if it is > 0."""
+    def clip(self, max_norm: float, loss: torch.Tensor) -> torch.Tensor:
+        """The global L2 norm of all gradients (a device scalar), to which they are scaled down if `max_norm` > 0.
+
+        Not finite, on every rank, if a gradient or the detached `loss` of any rank is not.
+        """
         grads = self._take_gradients()
-        device = next(iter(self.parameters.values())).device
-        square = torch.zeros((), dtype=torch.float32, device=device)
+        square = loss.float() * 0.0  # nan if the loss is not finite
         if grads:
-            square = torch.stack(torch._foreach_norm(grads)).square().sum()
+            square = square + torch.stack(torch._foreach_norm(grads)).square().sum()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(square)
         norm = square.sqrt()
@@ -56,7 +58,9 @@ class AdamW:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
-    def step(self) -> None:
+    def step(self, kept: torch.Tensor) -> None:
+        """Update, or leave weights and state as they are where `kept` (a device scalar) is 0; drop the gradients."""
+        self.inner.grad_scale, self.inner.found_inf = None, 1.0 - kept  # how torch's gradient scaler skips a step
         self.inner.step()
         for name, parameter in self.parameters.items():
             parameter.grad = None
@@ -81,11 +85,15 @@ class AdamW:
 
     def _state_of(self, name: str) -> dict[str, torch.Tensor]:
         shard = self.shards.get(name)
-        if shard is None:  # this rank holds no row
-            empty = local(self.parameters[name].data)
+        if shard is None:
+            empty = self.empty_shard(name)
             return {"step": torch.zeros(()), "exp_avg": empty, "exp_avg_sq": empty}
         state = self.inner.state[shard]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(shard), torch.zeros_like(shard)
         return state
+
+    def empty_shard(self, name: str) -> torch.Tensor:
+        """The shard of a parameter of which this rank holds no row."""
+        return local(self.parameters[name].data)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
-from vtrain.files import write_durably
+from vtrain.files import append, write_durably
 
 SINKS = ("console", "tensorboard", "wandb")
 
@@ -19,14 +20,15 @@ class Jsonl:
         if path.exists():
             kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= resume_step]
         write_durably(path, "".join(kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.file = open(path, "ab")  # noqa: SIM115 - closed by close()
 
     def write(self, record: dict) -> None:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        append(self.file, json.dumps(finite) + "\n")
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # only a line is left to write that could not be written before
+            self.file.close()
 
 
 class Console:

@@ -112,8 +112,14 @@ class AutoencoderTask:
     def terms(self, optimizer: str, batch: ImageBatch) -> tuple[dict, dict]:
         return self.root(batch.images, batch.keys, batch.weights)
 
-    def end_step(self, step: int) -> dict[str, torch.Tensor]:
-        return self.model.end_step(step)
+    def end_step(self, step: int, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Move the codebook by what the step gathered; after a skipped step it stays as it was."""
+        codebook = [b for name, b in self.model.named_buffers() if name in self.model.state_dict()]
+        before = [buffer.clone() for buffer in codebook]
+        stats = self.model.end_step(step)
+        for buffer, old in zip(codebook, before):
+            buffer.copy_(torch.where(kept > 0, buffer, old))
+        return stats
 
     def show(self, step: int) -> None:
         """After an evaluation: the first held-out images above what is left of them, `out/reconstructions.png`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from vtrain.describe import describe_batch
 from vtrain.dist.comm import sum_over_ranks
 from vtrain.dist.fsdp import full, shard
 from vtrain.dist.mesh import World
+from vtrain.files import copy_folder
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.models.flops import peak_flops, train_flops
 from vtrain.models.hf import copy_parameters, export_hf, import_hf, read_hf_config
@@ -169,7 +169,7 @@ class PretrainTask:
     def terms(self, optimizer: str, batch: PackedBatch) -> tuple[dict, dict]:
         return self.root(batch)
 
-    def end_step(self, step: int) -> dict[str, torch.Tensor]:
+    def end_step(self, step: int, kept: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
 
     def show(self, step: int) -> None:
@@ -229,7 +229,7 @@ class PretrainTask:
         for asset in ASSETS:
             source = dataset.path / asset
             if source.is_dir():
-                shutil.copytree(source, folder / asset, dirs_exist_ok=True)
+                copy_folder(source, folder / asset)
 
 
 def _decoder_config(settings: PretrainSettings) -> DecoderConfig:
