@@ -16,7 +16,7 @@ step "1/6 the pictures: scikit-learn's 1,797 scanned digits as PNG and captions"
 step "2/6 text tokenizer: SentencePiece on the captions"
 [ -s $runs/text/tokenizer.model ] || python -m vtrain.text_tokenizer --cfg quickstart/text
 
-step "3/6 image tokenizer: 8x8 pixels -> 4x4 codes out of 64"
+step "3/6 image tokenizer: 8x8 pixels -> 4x4 codes out of 24"
 run vtrain.autoencoder --cfg quickstart/vq
 
 step "4/6 token shards: pictures and captions encoded once"
