@@ -5,6 +5,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 runs=runs/quickstart
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # matrices this small are slower on two threads than on one
 ranks="${VTRAIN_QUICKSTART_RANKS:-1}"
 start=$SECONDS
 step() { echo; echo "== $1   [$((SECONDS - start)) s]"; }
