@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from ranks import run_ranks
+from toys import CAPTIONS, CODES, extract_arguments, write_images
 
 from vtrain.config import load as load_settings
 from vtrain.config import run_command
@@ -23,38 +22,15 @@ from vtrain.data.sources.image_folder import image_key
 from vtrain.extract import main
 from vtrain.settings import ExtractSettings
 from vtrain.text import load_text_tokenizer, train_sentencepiece
-from vtrain.visual import ImageTokenizer, load_image_tokenizer
+from vtrain.visual import load_image_tokenizer
 from vtrain.visual.preprocess import center_crop_resize, load_image, to_tensor
-from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
-CODES = 12
 IMAGES = 23
-CAPTIONS = ["a red square", "the second one, blue", "three"]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """23 pictures of different sizes with 1..3 captions each, and two small tokenizers."""
-    root = tmp_path_factory.mktemp("inputs")
-    rng = np.random.default_rng(0)
-    lines = []
-    (root / "images").mkdir()
-    for i in range(IMAGES):
-        height, width = rng.integers(5, 30, 2)
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
-        captions = CAPTIONS[: i % 3 + 1]
-        lines.append({"image": f"{i}.png", "caption": captions[0] if i % 6 == 0 else captions})
-    (root / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train_sentencepiece(CAPTIONS, 40, root / "text.model")
-    config = AutoencoderConfig(
-        resolution=16, base_channels=8, channel_multiplier=(1, 1, 1), num_res_blocks=1, latent_channels=4,
-        attention=False, embed_dim=4, num_embeddings=CODES,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    autoencoder = Autoencoder(config)
-    autoencoder.load_weights({name: torch.randn_like(w) * 0.3 for name, w in autoencoder.weights().items()})
-    ImageTokenizer(autoencoder).save(root / "vq")
-    return root
+    return write_images(tmp_path_factory.mktemp("inputs"), IMAGES)
 
 
 @pytest.fixture
@@ -71,22 +47,8 @@ def damaged(inputs, tmp_path) -> Path:
     return root
 
 
-def arguments(inputs: Path, out: Path, *overrides: str) -> list[str]:
-    return [
-        f"run.out={out}",
-        "run.device=cpu",
-        f"input.images={inputs / 'images'}",
-        f"input.captions={inputs / 'captions.jsonl'}",
-        f"tokenizer.image={inputs / 'vq'}",
-        f"tokenizer.text={inputs / 'text.model'}",
-        "extract.samples_per_shard=5",
-        "extract.batch_size=2",
-        *overrides,
-    ]
-
-
 def run(inputs: Path, out: Path, *overrides: str) -> None:
-    main(load_settings(ExtractSettings, None, arguments(inputs, out, *overrides)))
+    main(load_settings(ExtractSettings, None, extract_arguments(inputs, out, *overrides)))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -227,7 +189,7 @@ PATCHES = {
 )
 def test_killed_and_started_again(moment, damaged, tmp_path):
     out = tmp_path / "out"
-    script = textwrap.dedent(KILLED).format(patch=PATCHES[moment], arguments=arguments(damaged, out))
+    script = textwrap.dedent(KILLED).format(patch=PATCHES[moment], arguments=extract_arguments(damaged, out))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert result.returncode == -9, result.stderr.decode()
     assert not list(out.glob("manifest-*"))
@@ -307,7 +269,7 @@ def test_mistakes_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
     }
     for override, said in cases.items():
         with pytest.raises(SystemExit) as stopped:
-            run_command(ExtractSettings, main, arguments(inputs, tmp_path / "out", override))
+            run_command(ExtractSettings, main, extract_arguments(inputs, tmp_path / "out", override))
         assert stopped.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
@@ -316,7 +278,7 @@ def test_mistakes_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(inputs, tmp_path, capsys):
-    run_command(ExtractSettings, main, [*arguments(inputs, tmp_path / "out"), "--dry-run"])
+    run_command(ExtractSettings, main, [*extract_arguments(inputs, tmp_path / "out"), "--dry-run"])
     said = capsys.readouterr().out
     assert "23 images" in said
     assert "5 shards" in said

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 from vtrain.config import build
 from vtrain.data.format import SEGMENT, Modality, Role, Schema
 from vtrain.data.manifest import publish
 from vtrain.data.writer import ShardWriter
 from vtrain.settings import PretrainSettings
+from vtrain.text import train_sentencepiece
+from vtrain.visual import ImageTokenizer
+from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 from vtrain.vocab import Vocabulary
 
 VOCAB = Vocabulary.of(text=30, visual=16)
+CAPTIONS = ["a red square", "the second one, blue", "three"]
+CODES = 12  # of the image tokenizer of write_images
 SPECIALS = {"<|t2i|>": 26, "<|soi|>": 27, "<|eoi|>": 28, "<|pad|>": 29}
 
 
@@ -59,6 +67,70 @@ def _sample(rng: np.random.Generator, side: int, vocab: Vocabulary) -> tuple[np.
     for name, value in (("t", 1), ("h", side), ("w", side)):
         segments[name][2] = value
     return ids, segments
+
+
+def write_images(root: Path, count: int) -> Path:
+    """What extract needs: pictures of different sizes with 1..3 captions each, and two small tokenizers."""
+    rng = np.random.default_rng(0)
+    lines = []
+    (root / "images").mkdir(parents=True)
+    for i in range(count):
+        height, width = rng.integers(5, 30, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+        captions = CAPTIONS[: i % 3 + 1]
+        lines.append({"image": f"{i}.png", "caption": captions[0] if i % 6 == 0 else captions})
+    (root / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train_sentencepiece(CAPTIONS, 40, root / "text.model")
+    config = AutoencoderConfig(
+        resolution=16, base_channels=8, channel_multiplier=(1, 1, 1), num_res_blocks=1, latent_channels=4,
+        attention=False, embed_dim=4, num_embeddings=CODES,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(config)
+    autoencoder.load_weights({name: torch.randn_like(w) * 0.3 for name, w in autoencoder.weights().items()})
+    ImageTokenizer(autoencoder).save(root / "vq")
+    return root
+
+
+def extract_arguments(inputs: Path, out: Path, *overrides: str) -> list[str]:
+    """The command line of an extraction of what `write_images` wrote."""
+    return [
+        f"run.out={out}",
+        "run.device=cpu",
+        f"input.images={inputs / 'images'}",
+        f"input.captions={inputs / 'captions.jsonl'}",
+        f"tokenizer.image={inputs / 'vq'}",
+        f"tokenizer.text={inputs / 'text.model'}",
+        "extract.samples_per_shard=5",
+        "extract.batch_size=2",
+        *overrides,
+    ]
+
+
+def pretrain_arguments(data: Path, out: Path, *overrides: str) -> list[str]:
+    """The command line of six steps on `data`/train and `data`/valid that evaluate, save and delete often."""
+    return [
+        f"run.out={out}",
+        "run.device=cpu",
+        "run.seed=3",
+        "model.preset=digits",
+        *(f"model.{key}={value}" for key, value in {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2}.items()),
+        "model.ffn=32",
+        f'data.sources=[{{path="{data / "train"}"}}]',
+        "data.pack_tokens=64",
+        "data.prefetch=1",
+        f'eval.sources=[{{path="{data / "valid"}"}}]',
+        "eval.every=3",
+        "optim.lr=1e-2",
+        "optim.warmup=2",
+        "train.steps=6",
+        "train.tokens_per_step=128",
+        "checkpoint.every=2",
+        "checkpoint.keep=1",
+        "log.every=1",
+        "log.sinks=[]",
+        *overrides,
+    ]
 
 
 def pretrain_settings(out: Path, train_data: Path, valid_data: Path | None = None, **changes) -> PretrainSettings:

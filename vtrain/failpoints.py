@@ -5,7 +5,7 @@ VTRAIN_FAILPOINT="write:manifest.json#2:kill" acts when such a file is written f
     raise  OSError: an input/output error
     full   OSError: no space left on device
     stop   SIGTERM to this process, which goes on: it is asked to stop in good order
-A write that is killed or fails leaves half of its bytes. VTRAIN_FAILPOINT_LOG=file appends a line for every point passed.
+A write that is killed or fails leaves half of its bytes. VTRAIN_FAILPOINT_LOG=file: a line for every point passed.
 Points are named by operation and kind of file, its name without numbers: a new file has its points without more ado.
 """
 

@@ -166,6 +166,9 @@ class Checkpoint:
     every: int = key(0, "steps between checkpoints, and one at the end; 0 = only at the end", min=0)
     keep: int = key(2, "newest checkpoints that stay; 0 = all", min=0)
     resume: str = key("auto", "auto = from the newest in run.out, never, or the path of a checkpoint")
+    trainable_only: bool = key(
+        False, "leave frozen parameters out; a resumed run takes them from model.init or the seed"
+    )
     best: bool = key(True, "also save and keep the checkpoint with the lowest validation loss")
     export: str = key("best", "the weights of run.out/final; best = last where there is no validation",
                       choices=("best", "last"))  # fmt: skip

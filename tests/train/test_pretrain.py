@@ -239,3 +239,22 @@ def test_the_best_checkpoint_is_kept_and_exported(data, tmp_path):
     assert best != 9, "the test's rate does not ruin the model"
     assert json.loads((out / "final" / "training.json").read_text()) == {"step": best, "trained_steps": 9}
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"step-{best:08d}", "step-00000009"]
+
+
+def test_frozen_parameters_can_be_left_out_of_checkpoints(data, tmp_path):
+    whole, small, resumed = tmp_path / "whole", tmp_path / "small", tmp_path / "resumed"
+    train = {"steps": 4, "tokens_per_step": 256, "trainable": ["layers.1.*"]}
+    for out, only in ((whole, False), (small, True), (resumed, True)):
+        checkpoint = {"every": 2, "keep": 0, "trainable_only": only}
+        run_ranks(2, main, pretrain_settings(out, data[0], train=train, checkpoint=checkpoint))
+    shutil.rmtree(resumed / "checkpoints" / "step-00000004")
+    shutil.rmtree(resumed / "final")
+    checkpoint = {"every": 2, "keep": 0, "trainable_only": True}
+    run_ranks(2, main, pretrain_settings(resumed, data[0], train=train, checkpoint=checkpoint))
+    expected = load_file(whole / "final" / "model.safetensors")
+    for out in (small, resumed):
+        found = load_file(out / "final" / "model.safetensors")
+        assert all(torch.equal(found[k], expected[k]) for k in expected)
+    saved = load_file(small / "checkpoints" / "step-00000004" / "rank-00000.safetensors")
+    assert {name.split(".")[3] for name in saved if name.startswith("root.model.layers")} == {"1"}
+    assert not any("embed" in name for name in saved)

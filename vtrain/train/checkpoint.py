@@ -14,7 +14,6 @@ A folder is written under a temporary name and renamed when complete.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from vtrain._host import crc32c
 from vtrain.dist.comm import raise_together
 from vtrain.dist.fsdp import local, local_rows
 from vtrain.dist.mesh import World
-from vtrain.files import replace_folder, write_durably, write_tensors
+from vtrain.files import delete_folder, replace_folder, write_durably, write_tensors
 
 FORMAT = 1
 
@@ -55,10 +54,16 @@ class Tensors:
         )
 
 
-def module_tensors(module: torch.nn.Module, prefix: str) -> Tensors:
-    """Parameters and persistent buffers of a module under `prefix`, as views of their storage."""
+def module_tensors(module: torch.nn.Module, prefix: str, *, frozen: bool = True) -> Tensors:
+    """Parameters and persistent buffers of a module under `prefix`, as views of their storage.
+
+    frozen: with the parameters that are not trained.
+    """
+    left_out = set() if frozen else {name for name, p in module.named_parameters() if not p.requires_grad}
     sharded, whole = {}, {}
     for name, tensor in module.state_dict().items():
+        if name in left_out:
+            continue
         if isinstance(tensor, DTensor):
             sharded[f"{prefix}.{name}"] = (local(tensor), tensor.shape[0])
         else:
@@ -78,7 +83,7 @@ def list_steps(root: Path) -> list[int]:
 def open_folder(folder: Path, world: World) -> None:
     """Make the folder that a checkpoint is written in before it gets its name (the main rank does)."""
     temporary = _temporary(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    delete_folder(temporary)
     temporary.mkdir()  # not its parents: a run's folder that is gone is an error, not a new folder
 
 

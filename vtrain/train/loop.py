@@ -23,7 +23,7 @@ from vtrain import config
 from vtrain.dist.comm import raise_together, sum_over_ranks
 from vtrain.dist.fsdp import sync_gradients
 from vtrain.dist.mesh import World
-from vtrain.files import replace_folder, write_durably
+from vtrain.files import clear_leftovers, replace_folder, write_durably
 from vtrain.train import checkpoint
 from vtrain.train.ema import Ema
 from vtrain.train.meter import Meter
@@ -124,6 +124,7 @@ class _Run:
                 sink.close()
 
     def _run(self) -> Path:
+        self._on_main(self._clear_leftovers)
         self._resume()
         final = self.out / "final"
         if self.step == self.steps and _exported_after(final) == self.steps:
@@ -140,8 +141,13 @@ class _Run:
             self._finish(final)
         return final
 
+    def _clear_leftovers(self) -> None:
+        for folder in (self.out, self.folder):
+            clear_leftovers(folder)
+
     def _open_out(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.saver.prune(self._protected())  # what a killed run did not come to
         write_durably(self.out / "config.toml", config.dump(self.settings))
         self.sinks = open_sinks(self.settings.log.sinks, self.out, self.settings.run.name, self.step)
 
@@ -260,7 +266,6 @@ class _Run:
 
     def _save(self) -> None:
         self._doing("copying the state for a checkpoint")
-        keep = self.settings.checkpoint
         state = {
             "step": self.step,
             "identity": self.task.identity(),
@@ -269,12 +274,15 @@ class _Run:
             "units": self.meter.total_units,
             "bad_steps": int(self.bad_steps),
         }
-        protected = {self.best["step"]} if keep.best and self.best else set()
         own = {"meter": self.meter.state()}
-        self.saver.begin(self.step, self._tensors(), state, own, config.dump(self.settings), protected)
+        self.saver.begin(self.step, self._tensors(), state, own, config.dump(self.settings), self._protected())
+
+    def _protected(self) -> set[int]:
+        return {self.best["step"]} if self.settings.checkpoint.best and self.best else set()
 
     def _tensors(self) -> checkpoint.Tensors:
-        tensors = checkpoint.module_tensors(self.task.root, "root")
+        frozen = not self.settings.checkpoint.trainable_only
+        tensors = checkpoint.module_tensors(self.task.root, "root", frozen=frozen)
         for name, optimizer in self.task.optimizers.items():
             tensors = tensors.joined(optimizer.tensors(f"optim.{name}"))
         return tensors.joined(self.ema.tensors()) if self.ema is not None else tensors
@@ -320,8 +328,8 @@ class _Run:
 
         def name_it() -> None:
             write_durably(new / TRAINING, json.dumps({"step": exported, "trained_steps": self.step}))
+            self._plot()  # first: where final is, nothing is left to do
             replace_folder(new, final)
-            self._plot()
 
         self._on_main(name_it)
         self._say(f"done: {final}")

@@ -6,13 +6,13 @@ have: then the main rank's thread adds manifest and name (`commit`). `wait` ends
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vtrain.dist.comm import raise_together
 from vtrain.dist.mesh import World
+from vtrain.files import delete_folder
 from vtrain.train import checkpoint
 
 
@@ -69,10 +69,14 @@ class Saver:
 
     def _commit(self) -> None:
         checkpoint.complete(self.folder)
+        self.prune(self._protected)
+
+    def prune(self, protected: set[int]) -> None:
+        """Delete all but the newest checkpoints and the protected steps (on the main rank, none being written)."""
         if self.keep > 0:
             for step in checkpoint.list_steps(self.root)[: -self.keep]:
-                if step not in self._protected:
-                    shutil.rmtree(checkpoint.step_folder(self.root, step))
+                if step not in protected:
+                    delete_folder(checkpoint.step_folder(self.root, step))
 
     def _raise_together(self) -> None:
         error = self._work.error if self._work is not None else None
