@@ -265,3 +265,15 @@ def test_averaged_weights_are_evaluated_exported_and_resumed(data, tmp_path):
     assert all(torch.equal(mean[k], again[k]) for k in mean)
     assert not torch.equal(raw["lm_head.weight"], mean["lm_head.weight"])
     assert [r["loss"] for r in records(averaged)] == pytest.approx([r["loss"] for r in records(plain)], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_looking_at_averaged_weights_does_not_touch_the_training(data, tmp_path, ranks):
+    quiet, watched = tmp_path / "quiet", tmp_path / "watched"
+    optim = {"lr": 1e-2, "warmup": 2, "ema": 0.5}
+    run_ranks(ranks, main, pretrain_settings(quiet, data, optim=optim))
+    evaluation = {"sources": [{"path": str(data)}], "every": 1}
+    run_ranks(ranks, main, pretrain_settings(watched, data, optim=optim, eval=evaluation, checkpoint={"best": False}))
+    trained = [r for r in records(watched) if r["kind"] == "train"]
+    assert [r["loss"] for r in trained] == [r["loss"] for r in records(quiet)]
+    assert len([r for r in records(watched) if r["kind"] == "eval"]) == 6

@@ -31,6 +31,12 @@ def sync_gradients(root: nn.Module, enabled: bool) -> None:
         root.set_requires_gradient_sync(enabled)
 
 
+def reshard(root: nn.Module) -> None:
+    """Let go of the gathered parameters of the root: the next forward gathers them anew."""
+    if isinstance(root, FSDPModule):
+        root.reshard()
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a parameter or gradient (the tensor itself when it is not sharded)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

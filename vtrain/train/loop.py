@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from torch import nn
 
 from vtrain import config
 from vtrain.dist.comm import raise_together, sum_over_ranks
-from vtrain.dist.fsdp import sync_gradients
+from vtrain.dist.fsdp import reshard, sync_gradients
 from vtrain.dist.mesh import World
 from vtrain.files import clear_leftovers, replace_folder, write_durably
 from vtrain.train import checkpoint
@@ -71,8 +71,8 @@ class Task(Protocol):
     def end_step(self, step: int, kept: torch.Tensor) -> dict[str, torch.Tensor]:
         """After the updates of a step; device scalars for the log. kept (device scalar): 0 = the step was skipped."""
 
-    def show(self, step: int) -> None:
-        """Pictures of how it goes, at the steps the task chooses."""
+    def show(self, step: int, averaged: Callable[[], AbstractContextManager]) -> None:
+        """Pictures of how it goes, at the steps the task chooses; inside averaged() the weights are the averages."""
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """{source: {"loss": mean, ...}}; empty when there is nothing to evaluate on."""
@@ -162,8 +162,7 @@ class _Run:
             if every.eval.every and (last or self.step % every.eval.every == 0):
                 improved = self._evaluate()
             self._doing("drawing pictures")
-            with self._averaged():
-                self.task.show(self.step)
+            self.task.show(self.step, self._averaged)
             due = every.checkpoint.every and self.step % every.checkpoint.every == 0
             if last or due or stopping or (improved and every.checkpoint.best):
                 self._save()
@@ -261,8 +260,17 @@ class _Run:
         self.meter.restart_clock()  # an evaluation is not training time
         return improved
 
-    def _averaged(self) -> AbstractContextManager:
-        return self.ema.applied() if self.ema is not None else nullcontext()
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model computes with the averaged weights, if there are any, inside the block."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.applied():
+            try:
+                yield
+            finally:
+                reshard(self.task.root)  # a forward without backward leaves the root gathered, with these weights
 
     def _save(self) -> None:
         self._doing("copying the state for a checkpoint")

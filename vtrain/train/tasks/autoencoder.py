@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -121,7 +122,7 @@ class AutoencoderTask:
             buffer.copy_(torch.where(kept > 0, buffer, old))
         return stats
 
-    def show(self, step: int) -> None:
+    def show(self, step: int, averaged: Callable[[], AbstractContextManager]) -> None:
         """After an evaluation: the first held-out images above what is left of them, `out/reconstructions.png`."""
         every = self.settings.eval.every
         if not self.plan.eval_records or not every or step % every:
@@ -130,10 +131,10 @@ class AutoencoderTask:
         batch = next(loader.sequential()).to(self.world.device, self.dtype)
         images = batch.images[: batch.count]
         self.root.eval()
-        self.root.unshard()
-        with torch.no_grad():
+        with torch.no_grad(), averaged():
+            self.root.unshard()
             restored = self.model(images)[0]
-        self.root.reshard()
+            self.root.reshard()
         self.root.train()
         if self.world.main:
             rows = [list(to_uint8(images)), list(to_uint8(restored))]

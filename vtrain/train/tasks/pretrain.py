@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -172,9 +173,10 @@ class PretrainTask:
     def end_step(self, step: int, kept: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
 
-    def show(self, step: int) -> None:
+    def show(self, step: int, averaged: Callable[[], AbstractContextManager]) -> None:
         if self.pictures is not None and step % self.settings.sample.every == 0:
-            self.pictures.draw(self.root, self.model, step)
+            with averaged():
+                self.pictures.draw(self.root, self.model, step)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Mean loss per source, in all and per vocabulary range; every sample counts once over all ranks."""
