@@ -121,8 +121,10 @@ def pretrain_arguments(data: Path, out: Path, *overrides: str) -> list[str]:
         "data.prefetch=1",
         f'eval.sources=[{{path="{data / "valid"}"}}]',
         "eval.every=3",
-        "optim.lr=1e-2",
-        "optim.warmup=2",
+        "optim.lr=0.3",  # too much: the best evaluation is that of step 3, whose weights are exported
+        "optim.schedule=constant",
+        "optim.warmup=6",
+        "optim.grad_clip=0",
         "train.steps=6",
         "train.tokens_per_step=128",
         "checkpoint.every=2",

@@ -134,8 +134,13 @@ def delete_folder(folder: str | os.PathLike) -> None:
         if doomed != folder:
             shutil.rmtree(doomed, ignore_errors=True)
             os.replace(folder, doomed)
-            point("deleted", folder)
-        shutil.rmtree(doomed)
+        for path in sorted(doomed.rglob("*"), reverse=True):  # what is in a folder comes before it
+            point("empty", folder)
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
+        doomed.rmdir()
 
 
 def fresh_folder(folder: str | os.PathLike) -> None:

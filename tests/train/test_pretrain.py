@@ -258,3 +258,15 @@ def test_frozen_parameters_can_be_left_out_of_checkpoints(data, tmp_path):
     saved = load_file(small / "checkpoints" / "step-00000004" / "rank-00000.safetensors")
     assert {name.split(".")[3] for name in saved if name.startswith("root.model.layers")} == {"1"}
     assert not any("embed" in name for name in saved)
+
+
+def test_an_older_checkpoint_is_not_resumed_beneath_later_ones(data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    keep = {"every": 2, "keep": 0}
+    main(pretrain_settings(out, *data, checkpoint=keep))
+    older = str(out / "checkpoints" / "step-00000002")
+    with pytest.raises(ValueError, match=r"has a checkpoint at step 6, later than .*step-00000002 at step 2"):
+        main(pretrain_settings(out, *data, checkpoint=keep | {"resume": older}))
+    main(pretrain_settings(other, *data, checkpoint=keep | {"resume": older}))
+    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (other, out))
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)

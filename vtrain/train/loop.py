@@ -283,6 +283,7 @@ class _Run:
             "bad_steps": int(self.bad_steps),
         }
         own = {"meter": self.meter.state()}
+        self._on_main(lambda: [sink.sync() for sink in self.sinks])
         self.saver.begin(self.step, self._tensors(), state, own, config.dump(self.settings), self._protected())
 
     def _protected(self) -> set[int]:
@@ -308,6 +309,11 @@ class _Run:
             return
         source = checkpoint.step_folder(self.folder, steps[-1]) if choice == "auto" else Path(choice)
         self._restore(source)
+        if steps and steps[-1] > self.step:
+            raise ValueError(
+                f"{self.folder}: has a checkpoint at step {steps[-1]}, later than {source} at step {self.step}; "
+                "move the later ones away, choose another run.out, or go on with checkpoint.resume=auto"
+            )
         self._say(f"resumed from {source} at step {self.step}/{self.steps}")
 
     def _restore(self, source: Path) -> None:
@@ -331,6 +337,7 @@ class _Run:
             self._say(f"exporting the best checkpoint: step {exported}, eval loss {self.best['loss']:.4f}")
         self._doing("exporting")
         new = self.out / ".tmp-final"
+        self._on_main(self._check_out)
         with self._averaged():
             self.task.export(new)
 
@@ -341,6 +348,10 @@ class _Run:
 
         self._on_main(name_it)
         self._say(f"done: {final}")
+
+    def _check_out(self) -> None:
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.out}: the output folder is gone")
 
     def _plot(self) -> None:
         try:

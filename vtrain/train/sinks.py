@@ -7,7 +7,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from vtrain.files import append, write_durably
+from vtrain.files import append, sync, write_durably
 
 SINKS = ("console", "tensorboard", "wandb")
 
@@ -26,6 +26,10 @@ class Jsonl:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
         append(self.file, json.dumps(finite) + "\n")
 
+    def sync(self) -> None:
+        """What a checkpoint must not be ahead of is on the disk when this returns."""
+        sync(self.file, self.file.name)
+
     def close(self) -> None:
         with suppress(OSError):  # only a line is left to write that could not be written before
             self.file.close()
@@ -36,6 +40,9 @@ class Console:
 
     def write(self, record: dict) -> None:
         print(console_line(record), flush=True)
+
+    def sync(self) -> None:
+        """No resume reads it."""
 
     def close(self) -> None:
         pass
@@ -54,6 +61,9 @@ class Tensorboard:
             if isinstance(value, (int, float)) and name != "step":
                 self.writer.add_scalar(name, value, record["step"])
 
+    def sync(self) -> None:
+        """No resume reads it."""
+
     def close(self) -> None:
         self.writer.close()
 
@@ -68,6 +78,9 @@ class Wandb:
 
     def write(self, record: dict) -> None:
         self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def sync(self) -> None:
+        """No resume reads it."""
 
     def close(self) -> None:
         self.run.finish()
