@@ -47,6 +47,9 @@ def measure(megabytes: int, rounds: int) -> list[dict]:
             root = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
             shard(root, root, here, torch.float32)
             optimizer = AdamW(root.named_parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+            root(torch.randn(8, WIDTH)).square().mean().backward()  # moments that are not untouched zero pages
+            optimizer.clip(0.0, torch.zeros(()))
+            optimizer.step(torch.ones(()))
             saver = Saver(folder, here, keep=1)
             samples = [one_round(root, optimizer, saver, n) for n in range(rounds + 1)][1:]
     finally:
