@@ -120,6 +120,20 @@ def decode(record) -> np.ndarray:
     return np.array(Image.open(record.path).convert("RGB"))
 
 
+def test_resume_on_other_ranks(pictures, one_rank, tmp_path):
+    quantizer, straight = one_rank
+    out = tmp_path / "out"
+    changes = {"checkpoint": {"every": 8, "keep": 0, "best": False}, "model": {"quantizer": quantizer}}
+    run_ranks(3, main, settings(out, pictures, **changes))
+    for folder in ("checkpoints/step-00000016", "checkpoints/step-00000020", "final"):
+        shutil.rmtree(out / folder)
+    run_ranks(2, main, settings(out, pictures, **changes))
+    mine, one = records(out), records(straight)
+    assert [r["step"] for r in mine] == list(range(1, 21))
+    for name in ("loss", "stat/perplexity"):
+        np.testing.assert_allclose([r[name] for r in mine], [r[name] for r in one], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("micro_batch", [0, 4, 7])
 def test_steps_hold_the_same_images_on_any_ranks(pictures, micro_batch):
     records = list(ImageFolder(pictures, pictures / "captions.jsonl"))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
 from vtrain._host import crc32c
@@ -30,6 +30,7 @@ from vtrain.dist.mesh import World
 from vtrain.files import delete_folder, replace_folder, write_durably, write_tensors
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 class CheckpointError(ValueError):
@@ -134,25 +135,30 @@ def load(folder: Path, tensors: Tensors, world: World) -> tuple[dict, list[dict]
 def read_state(folder: Path) -> dict:
     """`state.json` of a checkpoint after its manifest has been checked."""
     check_manifest(folder)
-    state = json.loads((folder / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / 'state.json'}: format {state.get('format')}, this version reads {FORMAT}")
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        found = state["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the state of a checkpoint: {error}") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
     return state
 
 
 def write_manifest(folder: Path) -> None:
     """Size and crc32c of every file in the folder, into `manifest.json`."""
-    files = {p.name: _fingerprint(p) for p in sorted(folder.iterdir()) if p.is_file()}
-    write_durably(folder / "manifest.json", json.dumps({"files": files}, indent=1))
+    files = {p.name: _fingerprint(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+    write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
 def check_manifest(folder: Path) -> None:
     """CheckpointError unless every file the manifest names is there, whole and unchanged."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no manifest.json: not a complete checkpoint")
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint")
     try:
         files = json.loads(path.read_text())["files"]
     except (ValueError, KeyError) as error:
@@ -215,7 +221,10 @@ class _Files:
 
     def __getitem__(self, name: str):
         if name not in self.open_files:
-            self.open_files[name] = safe_open(self.folder / name, framework="pt")
+            try:
+                self.open_files[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / name}: not a safetensors file: {error}") from error
         return self.open_files[name]
 
 
