@@ -187,6 +187,11 @@ def test_all_problems_are_told_at_once(tmp_path):
     assert any("name is missing; expected non-empty str: its name" in line for line in lines)
 
 
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "marked.toml").write_text(GOOD.replace("\n", "\r\n"), encoding="utf-8-sig")
+    assert config.load(Toy, tmp_path / "marked.toml") == toy(tmp_path, GOOD)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match=r"toy\.toml: not valid TOML: .*line 2"):
         toy(tmp_path, "a = 1\nb = = 2\n")
@@ -288,7 +293,7 @@ def test_user_errors_exit_with_2_and_slips_keep_their_traceback(capsys, monkeypa
     assert len(lines) == 2
     assert lines[0].startswith("error: vocabulary range 'text'")
     assert "no such file" in lines[1]
-    with pytest.raises(ValueError, match="dictionary update sequence"):
+    with pytest.raises(ValueError, match="too many values to unpack"):
         shell(slip, "name=x")
     with pytest.raises(ValueError, match="zero-size"):
         shell(lambda settings, dry_run: np.zeros(0).max(), "name=x")

@@ -277,6 +277,17 @@ def test_mistakes_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_and_captions_that_no_terminal_shows_are_described(inputs, tmp_path, capsys):
+    lines = tmp_path / "odd.jsonl"
+    lines.write_text(json.dumps({"image": "\ud800.png", "caption": "\ud800" + "x" * 10_000}) + "\n")
+    arguments = extract_arguments(inputs, tmp_path / "out", f"input.captions={lines}")
+    run_command(ExtractSettings, main, [*arguments, "--dry-run"])
+    said = capsys.readouterr().out
+    said.encode()
+    assert r"first: '\ud800.png', '\ud800xxx" in said
+    assert max(map(len, said.splitlines())) < 1000
+
+
 def test_dry_run_writes_nothing(inputs, tmp_path, capsys):
     run_command(ExtractSettings, main, [*extract_arguments(inputs, tmp_path / "out"), "--dry-run"])
     said = capsys.readouterr().out

@@ -210,6 +210,8 @@ def test_prompt_files(tmp_path):
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "p.jsonl: line 2: found .*string `prompt`"),
         ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl: line 1: found .*string `prompt`"),
         ("p.jsonl", b'["a"]\n', "p.jsonl: line 1: found .*string `prompt`"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "p.jsonl: line 1: not JSON: .*surrogates not allowed"),
+        ("p.jsonl", b"[" * 100_000, "p.jsonl: line 1: not JSON: .*recursion"),
         ("p.jsonl", b'{"prompt": " "}\n', "p.jsonl: line 1: empty prompt"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "p.jsonl: line 2: not JSON"),
     ],
@@ -219,6 +221,13 @@ def test_a_broken_prompt_file_is_named_with_its_line(tmp_path, name, content, me
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name):
+    content = "a seven" if name == "p.txt" else json.dumps({"prompt": "a seven"})
+    (tmp_path / name).write_text(f"{content}\r\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / name) == [{"prompt": "a seven"}]
 
 
 def test_a_missing_prompt_file_is_named(tmp_path):

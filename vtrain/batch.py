@@ -23,7 +23,8 @@ class Document:
 
     ids: int32[l], global ids, -1 at slot rows. key: u64 sample key (0 is reserved for padding).
     loss: float32[l], the weight of each token *as a target*; None scores every token but the first with weight 1.
-    positions: int32[l] or None = 0..l-1. source: the number of the data source it came from.
+    positions: int32[l] or None = 0..l-1. source: the number of the data source it came from. ValueError names the key
+    where the lengths differ.
     """
 
     ids: np.ndarray
@@ -31,6 +32,12 @@ class Document:
     loss: np.ndarray | None = None
     positions: np.ndarray | None = None
     source: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "positions"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.ids):
+                raise ValueError(f"document {self.key:#x}: {name} has {len(values)} entries for {len(self.ids)} ids")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,8 +83,8 @@ class PackedBatch:
     ) -> PackedBatch:
         """Lay documents end to end and pad to `pack_tokens` tokens and `max_documents` sequences (None = just enough).
 
-        ValueError names the documents that do not fit, and ids outside the vocabulary. `weighted` keeps the weights
-        tensor even where all are 1, so that all micro-batches of a run have the same form.
+        ValueError where they do not fit, or naming the document that has an id outside the vocabulary. `weighted` keeps
+        the weights tensor even where all are 1, so that all micro-batches of a run have the same form.
         """
         lengths = np.array([len(d) for d in documents], dtype=np.int64)
         tokens = int(lengths.sum())
@@ -92,16 +99,14 @@ class PackedBatch:
         cu[0] = 0
         cu[1 : len(documents) + 1] = np.cumsum(lengths)
         ids = np.full(T, -1, dtype=np.int32)
+        if tokens:
+            ids[:tokens] = _checked_ids(documents, cu, vocab)
         positions = np.zeros(T, dtype=np.int32)
         target = np.zeros(T, dtype=np.float32)  # weight of each token as a target
         for d, start, stop in zip(documents, cu[: len(documents)], cu[1:]):
-            ids[start:stop] = d.ids
             positions[start:stop] = np.arange(stop - start) if d.positions is None else d.positions
             target[start:stop] = 1.0 if d.loss is None else d.loss
         target[cu[: len(documents)][lengths > 0]] = 0.0  # nothing predicts the first token
-        if tokens and (ids.max() >= vocab.size or ids.min() < -1):
-            bad = documents[int(np.searchsorted(cu, np.argmax((ids >= vocab.size) | (ids < -1)), side="right") - 1)]
-            raise ValueError(f"document {bad.key:#x}: an id is outside the vocabulary 0..{vocab.size - 1}")
         target[ids < 0] = 0.0
         positions[tokens:] = np.arange(T - tokens)
         labels = np.full(T, IGNORE, dtype=np.int32)
@@ -157,6 +162,16 @@ def seqlen_bucket(length: int) -> int:
     while bucket < length:
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
     return bucket
+
+
+def _checked_ids(documents: Sequence[Document], cu: np.ndarray, vocab: Vocabulary) -> np.ndarray:
+    """All ids end to end, as wide as they come: a wider one must not wrap into the vocabulary unseen."""
+    ids = np.concatenate([d.ids for d in documents])
+    if ids.max() >= vocab.size or ids.min() < -1:
+        at = int(np.argmax((ids >= vocab.size) | (ids < -1)))
+        bad = documents[int(np.searchsorted(cu, at, side="right") - 1)]
+        raise ValueError(f"document {bad.key:#x}: id {ids[at]} is outside the vocabulary 0..{vocab.size - 1}")
+    return ids
 
 
 def _label_counts(labels: np.ndarray, weights: np.ndarray, vocab: Vocabulary) -> dict[str, float]:

@@ -93,7 +93,7 @@ def _read(cfg: str) -> tuple[str, dict]:
         near = _nearest(cfg.removesuffix(".toml"), recipes())
         raise ConfigError(f"{cfg}: no such file or recipe{near}; shipped recipes: {', '.join(recipes())}")
     try:
-        return cfg, tomllib.loads(source.read_bytes().decode())
+        return cfg, tomllib.loads(source.read_bytes().decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{cfg}: not valid TOML: {error}") from None
 

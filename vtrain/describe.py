@@ -28,8 +28,9 @@ def describe_batch(batch: PackedBatch, dataset: Dataset, source_names: Sequence[
         start, stop = bounds[n], bounds[n + 1]
         key = batch.doc_keys[n].item() & (2**64 - 1)
         source = source_names[batch.sources[n]]
-        lines.append(f"document {n}: rows {start}..{stop - 1}, key {key:#018x}, source {source}")
-        if n < documents:
+        rows = f"rows {start}..{stop - 1}" if stop > start else "no rows"
+        lines.append(f"document {n}: {rows}, key {key:#018x}, source {source}")
+        if n < documents and stop > start:
             lines += _rows(batch, start, stop, name_of)
     return "\n".join(lines)
 

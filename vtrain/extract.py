@@ -44,6 +44,7 @@ from vtrain.vocab import Vocabulary
 
 IDENTITY_FILE = "extract.json"  # what the folder is made of: a run with other settings is refused
 SKIPPED_FILE = "skipped.jsonl"
+DESCRIBED_WIDTH = 200  # letters that are shown of the first caption and of its ids
 PROGRESS_FOLDER = "progress"  # a file per finished shard, gone when the manifest is there
 RANK_TIMEOUT_S = 30 * 24 * 3600.0  # ranks wait for the slowest only once, at the end
 
@@ -109,7 +110,7 @@ class Job:
                 f"input: {len(self.source)} images of {self.source.captions_file}, {self.units} shards",
                 f"tokens: {self.text.vocab_size} text + {self.image.num_codes} visual, "
                 f"{self.resolution}x{self.resolution} pixels -> {side}x{side} codes",
-                f"first: {first.image}, {first.captions[0]!r} -> {ids}",
+                f"first: {first.image!r}, {_cut(repr(first.captions[0]))} -> {_cut(str(ids))}",
             ]
         )
 
@@ -197,6 +198,10 @@ def _check_identity(path: Path, identity: dict) -> None:
         raise ValueError(f"{path}: not what vtrain.extract writes: {error}") from None
     if differences:
         raise ValueError(f"{path}: the dataset was begun with other settings: {'; '.join(differences)}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= DESCRIBED_WIDTH else f"{text[:DESCRIBED_WIDTH]}.."
 
 
 def _shown(value: object) -> str:

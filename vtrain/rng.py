@@ -20,6 +20,7 @@ _MASK = (1 << 64) - 1
 
 def fold(key: int, *words: int | str) -> int:
     """A new 64-bit key from a key and any words (integers or names)."""
+    key = int(key)  # a numpy scalar would wrap with a warning, or not take the mask
     for word in words:
         if isinstance(word, str):
             word = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
@@ -35,6 +36,8 @@ def _mix_int(z: int) -> int:
 
 def fold_array(key: int | np.ndarray, words: np.ndarray) -> np.ndarray:
     """`fold` over arrays: u64 keys, one per element of `key` and `words` broadcast together."""
+    if isinstance(key, int):
+        key &= _MASK
     with np.errstate(over="ignore"):
         words = _mix_numpy(np.asarray(words).astype(np.uint64) + np.uint64(_GAMMA))
         return _mix_numpy((np.asarray(key, dtype=np.uint64) ^ words) + np.uint64(_GAMMA))

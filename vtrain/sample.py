@@ -89,7 +89,7 @@ def read_prompts(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"prompts {path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts {path}: not UTF-8: {error}") from None
     if not lines:
@@ -110,7 +110,8 @@ def read_prompts(path: str | Path) -> list[dict]:
 def _parse_object(line: str) -> dict:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written into metadata.jsonl
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise ValueError(f"found {line[:80]}; expected an object with a string `prompt`")

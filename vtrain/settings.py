@@ -170,7 +170,7 @@ class Checkpoint:
         False, "leave frozen parameters out; a resumed run takes them from model.init or the seed"
     )
     best: bool = key(True, "also save and keep the checkpoint with the lowest validation loss")
-    export: str = key("best", "the weights of run.out/final; best = last where there is no validation",
+    export: str = key("best", "the weights of run.out/final; best = last without validation or with best=false",
                       choices=("best", "last"))  # fmt: skip
 
 

@@ -23,7 +23,6 @@ def main(settings: TextTokenizerSettings, dry_run: bool = False) -> None:
     print(f"{source.captions}: {len(captions)} captions, {len(set(captions))} different", flush=True)
     if dry_run:
         return
-    out.mkdir(parents=True, exist_ok=True)
     train_sentencepiece(captions, settings.tokenizer.vocab_size, out / "tokenizer.model")
     tokenizer = load_text_tokenizer(out)
     tokens = sum(len(tokenizer.encode(caption)) for caption in captions)

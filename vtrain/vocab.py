@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,8 @@ class Vocabulary:
             raise ValueError("a vocabulary needs at least one range")
         base = 0
         for r in self.ranges:
+            if not (isinstance(r.name, str) and r.name.isidentifier()):  # tables are parameters of that name
+                raise ValueError(f"vocabulary range {r.name!r}: expected a name of letters, digits and underscores")
             if r.base != base or r.size <= 0:
                 raise ValueError(
                     f"vocabulary range {r.name!r}: base {r.base}, size {r.size}; expected base {base} and size > 0"
@@ -57,16 +60,17 @@ class Vocabulary:
 
     @classmethod
     def of(cls, **sizes: int) -> Vocabulary:
-        ranges, base = [], 0
-        for name, size in sizes.items():
-            ranges.append(Range(name, base, int(size)))
-            base += int(size)
-        return cls(tuple(ranges))
+        return cls.from_json(list(sizes.items()))
 
     @classmethod
     def from_json(cls, value: Sequence) -> Vocabulary:
         """The inverse of `to_json`: [["text", 151672], ["visual", 64000]]."""
-        return cls.of(**dict(value))
+        ranges, base = [], 0
+        for name, size in value:  # names may repeat here: the constructor refuses them
+            size = operator.index(size)  # TypeError for 1.5 and "64"
+            ranges.append(Range(name, base, size))
+            base += size
+        return cls(tuple(ranges))
 
     def to_json(self) -> list:
         return [[r.name, r.size] for r in self.ranges]

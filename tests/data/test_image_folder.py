@@ -50,6 +50,7 @@ GOOD = {"image": "good.png", "caption": "fine"}
     [
         ('{"image": "x.png", "caption": ', "not JSON: Expecting value"),
         (b'{"image": "\xff.png", "caption": "x"}', "not JSON: 'utf-8' codec"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
         ("[1, 2]", "[1, 2]; expected an object"),
         ({"caption": "no image"}, "image is null; expected a path"),
         ({"image": 3, "caption": "x"}, "image is 3; expected a path"),

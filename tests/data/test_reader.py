@@ -144,6 +144,19 @@ def test_damaged_segments_and_ids_are_refused_before_they_are_used(shard):
         Shard(shard).read(np.arange(12))
 
 
+def test_damaged_loss_runs_are_refused_before_they_are_used(shard):
+    runs, cu = Shard(shard).loss_runs(np.arange(12))
+    sample = int(np.flatnonzero(np.diff(cu))[1])
+    length = int(Shard(shard).lengths([sample])[0])
+    damaged = _damage(shard, "RUN", int(cu[sample]), int(runs[cu[sample]]) + 1)  # one token more
+    for indices in ([sample], np.arange(12)):
+        with pytest.raises(
+            ShardError, match=rf"RUN: sample {sample}: loss runs of {length + 1} tokens; expected {length}"
+        ):
+            damaged.loss_runs(indices)
+    damaged.loss_runs([i for i in range(12) if i != sample])
+
+
 def test_a_shard_cut_at_any_section_or_page_is_refused(shard):
     content = shard.read_bytes()
     sections = read_pages(shard)[0].sections.values()

@@ -21,6 +21,11 @@ class Letters:
         return {"<|t2i|>": 256, "<|soi|>": 257}[name]
 
 
+class NoSpecials(Letters):
+    def special_id(self, name):
+        raise KeyError(f"no {name}")
+
+
 class Shades:
     """An image tokenizer whose code is a brightness of its 2x2 pixels, -1 to 1."""
 
@@ -37,6 +42,13 @@ def test_prompts_are_global_ids_between_the_two_specials():
     prompts, uncond = text_to_image_prompts(["ab", ""], Letters(), VOCAB)
     assert prompts == [[261, 102, 103, 262], [261, 262]]
     assert uncond == [261, 262]
+
+
+def test_a_model_without_text_or_specials_is_a_user_error():
+    with pytest.raises(ValueError, match="text to image: the vocabulary has no range 'text'; it has visual"):
+        text_to_image_prompts(["ab"], Letters(), Vocabulary.of(visual=6))
+    with pytest.raises(ValueError, match=r"text to image: no <\|t2i\|>"):
+        text_to_image_prompts(["ab"], NoSpecials(), VOCAB)
 
 
 def test_codes_are_decoded_in_raster_order_and_batches():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vtrain.generate import sampler
 from vtrain.generate.sampler import (
     Sampling,
     guide,
@@ -185,3 +186,11 @@ def test_rows_that_are_not_finite_are_told_by_their_score():
 def test_bad_settings_are_named(bad, word):
     with pytest.raises(ValueError, match=rf"sampling: {word} is .*expected"):
         Sampling(**bad)
+
+
+def test_noise_is_finite_at_both_ends_of_the_uniform_draw(monkeypatch):
+    ends = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53], dtype=torch.float64)
+    monkeypatch.setattr(sampler, "uniform_tensor", lambda keys, words: ends)
+    noise = gumbel_noise(torch.zeros(1, dtype=torch.int64), len(ends))
+    assert noise.isfinite().all()
+    assert (noise.diff() > 0).all()

@@ -66,6 +66,11 @@ def test_training_is_reproducible(tmp_path):
     assert train_sentencepiece(CAPTIONS[1:], 64, tmp_path / "c.model").read_bytes() != first
 
 
+def test_lone_surrogates_are_learned_as_what_they_are_encoded_as(tmp_path):
+    broken = train_sentencepiece([*CAPTIONS, "a \ud800"], 64, tmp_path / "broken.model").read_bytes()
+    assert broken == train_sentencepiece([*CAPTIONS, "a \ufffd"], 64, tmp_path / "whole.model").read_bytes()
+
+
 def test_without_byte_fallback(tmp_path):
     tokenizer = load_text_tokenizer(train_sentencepiece(CAPTIONS, 64, tmp_path / "t.model", byte_fallback=False))
     assert tokenizer.vocab_size == 64 + 4
@@ -80,6 +85,8 @@ def test_sizes_that_cannot_be(tmp_path):
     train_sentencepiece(CAPTIONS, most, tmp_path / "most.model")
     with pytest.raises(ValueError, match=r"vocab_size is 10; the texts' characters alone need more than \d+ pieces"):
         train_sentencepiece(CAPTIONS, 10, tmp_path / "t.model")
+    with pytest.raises(ValueError, match=r"t.model: SentencePiece training failed: .*as int"):
+        train_sentencepiece(CAPTIONS, 10**19, tmp_path / "t.model")
     with pytest.raises(ValueError, match="no text to train"):
         train_sentencepiece(["", "  "], 64, tmp_path / "t.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["most.model"]

@@ -116,6 +116,26 @@ def test_resume_is_bitwise_on_cpu(pictures, tmp_path):
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
+def test_refuses_to_resume_on_other_images(pictures, tmp_path):
+    out, more = tmp_path / "out", write_pictures(tmp_path / "more", 51)
+    train = {"steps": 2, "images_per_step": 20, "micro_batch": 4}
+    main(settings(out, pictures, train=train))
+    with pytest.raises(ValueError, match=r"input.captions is 50 images, crc32c \w+ in the checkpoint and 51 images"):
+        main(settings(out, more, train=train | {"steps": 3}))
+    with pytest.raises(ValueError, match=r"run.seed is 1 .*and 2 here; train.images_per_step is 20 .*and 24 here"):
+        main(settings(out, pictures, run={"out": str(out), "device": "cpu", "seed": 2},
+                      train=train | {"steps": 3, "images_per_step": 24}))  # fmt: skip
+
+
+def test_no_held_out_image_can_be_read(pictures, tmp_path):
+    broken = shutil.copytree(pictures, tmp_path / "set")
+    for path in (broken / "images").iterdir():
+        path.write_bytes(b"broken")
+    held_out = {"images": str(broken), "captions": str(broken / "captions.jsonl"), "every": 1}
+    with pytest.raises(ValueError, match="not one held-out image could be read"):
+        main(settings(tmp_path / "out", pictures, eval=held_out))
+
+
 def decode(record) -> np.ndarray:
     return np.array(Image.open(record.path).convert("RGB"))
 
@@ -173,6 +193,14 @@ def test_an_unreadable_image_is_left_out_and_named(pictures, tmp_path, caplog):
     keys = [k for b in batches for k in b.keys[: b.count].tolist()]
     assert len(set(keys)) == 48
     assert all(float(b.images[b.count :].abs().sum()) >= 0 for b in batches)
+
+
+def test_no_image_that_can_be_read(pictures, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    given = {"images": str(tmp_path / "elsewhere"), "captions": str(pictures / "captions.jsonl"), "threads": 1}
+    with pytest.raises(ValueError, match=r"not one of 50 images can be read; the first: .*0\.png: no such image file"):
+        main(settings(tmp_path / "out", pictures, input=given))
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_image_at_all(tmp_path):

@@ -22,7 +22,8 @@ from vtrain import config
 from vtrain.data import loader
 from vtrain.objectives.next_token import NextToken
 from vtrain.pretrain import main
-from vtrain.train.watchdog import EXIT_CODE
+from vtrain.train import checkpoint
+from vtrain.train.watchdog import EXIT_CODE, Watchdog
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -102,6 +103,64 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert done.returncode == 128 + signal.SIGTERM
     assert "once more stops at once" in done.stderr
     assert "SIGTERM again: stopping at once" in done.stderr
+
+
+def test_a_second_signal_stops_a_process_that_hangs_in_c(tmp_path):
+    """A handler of Python's would wait for the main thread for ever."""
+    code = (
+        "import ctypes, os, signal, threading, time\nfrom vtrain.train.signals import StopRequest\n"
+        "def send():\n"
+        "    for _ in range(2):\n        time.sleep(0.2)\n        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "mutex, lock = ctypes.create_string_buffer(128), ctypes.CDLL(None).pthread_mutex_lock\n"
+        "with StopRequest():\n"
+        "    threading.Thread(target=send, daemon=True).start()\n    lock(mutex)\n    lock(mutex)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert "SIGUSR1 again: stopping at once" in done.stderr
+
+
+def test_a_long_evaluation_is_progress(data, tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(Watchdog, "beat", lambda self: beats.append(self.operation))
+    evaluation = {"sources": [{"path": str(data)}], "every": 2, "batches": 5}
+    main(pretrain_settings(tmp_path / "out", data, train={"steps": 2, "tokens_per_step": 256}, eval=evaluation))
+    assert beats.count("evaluating") >= 5
+
+
+def fail_to_complete(folder: Path) -> None:
+    raise OSError(28, "No space left on device", str(folder))
+
+
+def train_without_room(settings) -> None:
+    original, checkpoint.complete = checkpoint.complete, fail_to_complete
+    try:
+        main(settings)
+    finally:
+        checkpoint.complete = original
+
+
+def test_a_checkpoint_that_cannot_be_completed_ends_the_run_soon(data, tmp_path):
+    """Not only when the next one is due."""
+    settings = pretrain_settings(
+        tmp_path / "out", data, train={"steps": 150, "tokens_per_step": 256}, checkpoint={"every": 50}
+    )
+    with pytest.raises(RuntimeError, match=r"step-00000050: rank 0 cannot write the checkpoint: .*No space left"):
+        run_ranks(2, train_without_room, settings)
+    assert 50 <= logged_steps(tmp_path / "out") < 100
+
+
+def test_the_end_of_the_data_loses_nothing(data, tmp_path, capsys):
+    out, source = tmp_path / "out", {"path": str(data), "max_epochs": 1}
+    changes = {"data": {"sources": [source], "pack_tokens": 64}}
+    with pytest.raises(ValueError, match=r"the data ended after step \d+, which is saved.*train.steps=\d+ exports"):
+        main(pretrain_settings(out, data, train={"steps": 500, "tokens_per_step": 256}, **changes))
+    last = records(out)[-1]["step"]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    with pytest.raises(ValueError, match="the data ended"):  # again: there is nothing new to save
+        main(pretrain_settings(out, data, train={"steps": 500, "tokens_per_step": 256}, **changes))
+    main(pretrain_settings(out, data, train={"steps": last, "tokens_per_step": 256}, **changes))
+    assert json.loads((out / "final" / "training.json").read_text()) == {"step": last, "trained_steps": last}
 
 
 def test_a_log_window_survives_a_resume_bitwise(data, tmp_path):
@@ -265,6 +324,19 @@ def test_averaged_weights_are_evaluated_exported_and_resumed(data, tmp_path):
     assert all(torch.equal(mean[k], again[k]) for k in mean)
     assert not torch.equal(raw["lm_head.weight"], mean["lm_head.weight"])
     assert [r["loss"] for r in records(averaged)] == pytest.approx([r["loss"] for r in records(plain)], rel=1e-5)
+
+
+def test_a_rank_that_holds_nothing_of_what_is_trained(data, tmp_path):
+    """Four rows on three ranks: two, two, none."""
+    model = {"preset": "digits", "layers": 1, "hidden": 4, "heads": 1, "kv_heads": 1, "ffn": 8}
+    changes = {"train": {"steps": 3, "tokens_per_step": 256, "trainable": ["*norm*"]}, "model": model}
+    changes |= {"optim": {"lr": 1e-2, "ema": 0.5}, "checkpoint": {"trainable_only": True}}
+    one, three = tmp_path / "one", tmp_path / "three"
+    run_ranks(1, main, pretrain_settings(one, data, **changes))
+    run_ranks(3, main, pretrain_settings(three, data, **changes))
+    mine, theirs = (load_file(out / "final" / "model.safetensors") for out in (three, one))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

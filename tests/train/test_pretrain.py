@@ -17,6 +17,7 @@ from vtrain.batch import Document, PackedBatch
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.objectives.next_token import NextToken
 from vtrain.pretrain import main
+from vtrain.train import checkpoint
 from vtrain.vocab import Vocabulary
 
 
@@ -101,6 +102,41 @@ def test_resume_on_other_ranks(data, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in records(resumed)], [r["loss"] for r in records(straight)], rtol=1e-5)
 
 
+DIVERGING = {"lr": 0.3, "warmup": 6, "schedule": "constant", "grad_clip": 0}  # the best evaluation is not the last
+
+
+def training(out: Path) -> dict:
+    return json.loads((out / "final" / "training.json").read_text())
+
+
+def test_without_best_checkpoints_the_last_weights_are_exported(data, tmp_path):
+    out = tmp_path / "out"
+    main(pretrain_settings(out, *data, optim=DIVERGING, checkpoint={"best": False}))
+    assert [r["best"] for r in records(out, "eval")] == [True, False]
+    assert training(out) == {"step": 6, "trained_steps": 6}
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten(data, tmp_path, capsys):
+    """It stays in the folder that the run left, or newer best ones that were moved away had it deleted."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(pretrain_settings(first, *data, optim=DIVERGING, checkpoint={"every": 2, "keep": 0}))
+    assert training(first)["step"] == 3
+    source = {"resume": str(first / "checkpoints" / "step-00000004"), "every": 2}
+    main(pretrain_settings(second, *data, optim=DIVERGING, checkpoint=source))
+    assert f"the best checkpoint so far, step 3, is not in {second / 'checkpoints'}" in capsys.readouterr().out
+    assert training(second) == {"step": 6, "trained_steps": 6}
+
+
+def test_a_resume_reads_the_files_to_check_them_once(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    main(pretrain_settings(out, *data, checkpoint={"export": "last"}))
+    shutil.rmtree(out / "final")
+    checked = []
+    monkeypatch.setattr(checkpoint, "check_manifest", checked.append)
+    main(pretrain_settings(out, *data, checkpoint={"export": "last"}))
+    assert checked == [out / "checkpoints" / "step-00000006"]
+
+
 def test_finished_run_is_left_alone(one_rank, data, capsys):
     before = (one_rank / "metrics.jsonl").read_bytes()
     main(pretrain_settings(one_rank, *data, train={"steps": 20, "tokens_per_step": 256}))
@@ -118,7 +154,7 @@ def test_finished_run_is_left_alone(one_rank, data, capsys):
         ({"checkpoint": {"resume": "never"}}, "resume is never"),
         ({"checkpoint": {"resume": "/nowhere/step-1"}}, "/nowhere/step-1: no such checkpoint"),
         ({"train": {"steps": 5, "tokens_per_step": 256}}, "at step 20, past train.steps = 5"),
-        ({"train": {"steps": 20, "tokens_per_step": 128}}, "bins_per_step"),
+        ({"train": {"steps": 20, "tokens_per_step": 128}}, "step-00000020: .*bins_per_step"),
     ],
 )
 def test_refuses_another_run(one_rank, data, changes, message):

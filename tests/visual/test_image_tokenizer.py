@@ -107,6 +107,17 @@ def test_wrong_tensors_are_all_listed(tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    made().save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["encoder.conv_in.bias"][1] = value
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: encoder\.conv_in\.bias: NaN or infinity"):
+        load_image_tokenizer(tmp_path)
+
+
 def write_config(folder, **changes):
     path = folder / "config.json"
     values = {**json.loads(path.read_text()), **changes}

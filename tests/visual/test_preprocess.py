@@ -109,6 +109,7 @@ def broken_files(folder):
     (folder / "text.png").write_text("this is not a picture")
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
+    Image.new("RGB", (301, 3)).save(folder / "thin.png")
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(folder / "deep.png")
 
 
@@ -124,6 +125,7 @@ def broken_files(folder):
         ("empty.png", "the file is empty"),
         ("folder.png", "cannot read"),
         ("deep.png", "pixel mode I;16, expected 8 bits"),
+        ("thin.png", "301 x 3 pixels, expected sides of at most 100 : 1"),
         ("missing.png", "no such image file"),
     ],
 )

@@ -40,7 +40,18 @@ def test_sizes_may_differ_and_large_pictures_are_reduced():
 
 @pytest.mark.parametrize(
     "caption",
-    ["", "one", "  two\n lines ", "many words " * 40, "W" * 300, "a b" + "i" * 200, "\0\x1b[0m", "\u6f22" * 90],
+    [
+        "",
+        "7",
+        "ab",
+        "one",
+        "  two\n lines ",
+        "many words " * 40,
+        "W" * 300,
+        "a b" + "i" * 200,
+        "\0\x1b[0m",
+        "\u6f22" * 90,
+    ],
 )
 @pytest.mark.parametrize("width", [40, 160])
 def test_captions_are_wrapped_to_their_width(caption, width):
@@ -52,6 +63,13 @@ def test_captions_are_wrapped_to_their_width(caption, width):
     shown = "".join(wrapped.removesuffix("...").split())
     assert words.startswith(shown)
     assert not words or shown
+
+
+def test_short_captions_are_shown_whole_and_endless_ones_are_cut():
+    assert [wrap_caption(caption, 160, FONT) for caption in ("7", "ab", "one")] == ["7", "ab", "one"]
+    wrapped = wrap_caption("x" * 1_000_000, 160, FONT)
+    assert len(wrapped.split("\n")) == CAPTION_LINES
+    assert wrapped.endswith("...")
 
 
 def test_captions_and_pictures_must_pair():

@@ -70,7 +70,7 @@ class ImageLoader:
         self._order: tuple[int, Order] | None = None
 
     def steps(self, first: int = 0) -> Iterator[list[ImageBatch]]:
-        """Steps from number `first` on, prepared one ahead."""
+        """Steps from number `first` on, up to two prepared ahead."""
         return prefetch(self._steps(first), 2)
 
     def sequential(self) -> Iterator[ImageBatch]:

@@ -17,7 +17,7 @@ import torch
 from vtrain._host import crc32c, crc32c_blocks
 from vtrain.data import manifest
 from vtrain.data.format import PAGE, SEGMENT_SPAN, Footer, Schema, Section, ShardError, ShardInfo, read_pages
-from vtrain.data.samples import Samples, check_samples, cumulative, ragged, segment_lengths
+from vtrain.data.samples import Samples, check_samples, cumulative, ragged, segment_lengths, unpack_runs
 from vtrain.data.writer import length_histogram
 
 
@@ -120,7 +120,16 @@ class Shard:
         if "RUN" not in self._views:
             count = len(_indices(indices, len(self), str(self.path)))
             return np.zeros(0, dtype=np.uint32), np.zeros(count + 1, dtype=np.int64)
-        return self._gather("RUNO", "RUN", indices)
+        runs, cu = self._gather("RUNO", "RUN", indices)
+        totals, lengths = np.diff(cumulative(unpack_runs(runs)[0])[cu]), self.lengths(indices)
+        wrong = (np.diff(cu) > 0) & (totals != lengths)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            number = np.atleast_1d(indices)[at]
+            raise ShardError(
+                f"{self.path}: RUN: sample {number}: loss runs of {totals[at]} tokens; expected {lengths[at]}"
+            )
+        return runs, cu
 
 
 class Dataset:

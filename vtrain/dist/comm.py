@@ -31,12 +31,12 @@ def barrier() -> None:
 def raise_together(problem: str | None) -> None:
     """Raise ValueError on every rank if any rank has a problem: no rank is left waiting for one that gave up.
 
-    The rank that has the problem raises it in its own words; the others name that rank.
+    Every rank that has a problem raises it in its own words; the others name the first of them.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    failed = int(max_over_ranks([world - rank if problem else 0])[0])
-    if problem:
+    failed = int(max_over_ranks([0 if problem is None else world - rank])[0])
+    if problem is not None:  # an exception without a message is a problem too
         raise ValueError(problem)
     if failed:
         raise ValueError(f"rank {world - failed} failed; its own message names the cause")

@@ -81,7 +81,7 @@ def noise_keys(seed: int, keys: Sequence[int], steps: int, device: torch.device 
 def gumbel_noise(keys: torch.Tensor, size: int) -> torch.Tensor:
     """Standard Gumbel noise float64[B, size] from the keys of one step, int64[B]."""
     u = uniform_tensor(keys[:, None], torch.arange(size, device=keys.device))
-    return -torch.log(-torch.log(u + 2.0**-54))  # u is a multiple of 2**-53 in [0, 1): both ends stay finite
+    return -torch.log(-torch.log(u.clamp(min=2.0**-54)))  # u is a multiple of 2**-53 in [0, 1): both ends stay finite
 
 
 def sample_token(

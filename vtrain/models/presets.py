@@ -87,7 +87,7 @@ def from_hf_config(hf: Mapping, where: str = "config.json") -> DecoderConfig:
             ffn=hf["intermediate_size"],
             head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else 0),
             rope_theta=float(rope["rope_theta"]),
-            rope_scaling=_rope_scaling(rope, hf, where),
+            rope_scaling=_rope_scaling(rope, where),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
@@ -123,7 +123,7 @@ def _rope_parameters(hf: Mapping) -> dict:
     return rope | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
 
 
-def _rope_scaling(rope: Mapping, hf: Mapping, where: str) -> RopeScaling | None:
+def _rope_scaling(rope: Mapping, where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) != 1:
         raise UnsupportedConfig(

@@ -51,7 +51,7 @@ def train_sentencepiece(
     and the same texts give the same bytes: one thread, no timestamps. ValueError if the texts are empty or do not
     carry as many pieces, or if the characters alone are more than that; the message says how many would work.
     """
-    texts = [text for text in texts if text.strip()]
+    texts = [without_surrogates(text) for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{out_path}: no text to train a tokenizer on")
     extra = BYTE_PIECES if byte_fallback else 0
@@ -74,12 +74,21 @@ def train_sentencepiece(
             num_threads=1,
             minloglevel=3,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(_training_error(str(error), vocab_size, extra, out_path)) from None
     out_path = Path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(out_path, model.getvalue())
     return out_path
+
+
+def without_surrogates(text: str) -> str:
+    """The text with lone surrogates as U+FFFD: what can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _training_error(message: str, vocab_size: int, extra: int, out_path: str | os.PathLike) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 from vtrain.files import write_durably
 from vtrain.text.added import AddedToken, AddedTokens
 from vtrain.text.bpe_files import read_ranks, read_tokenizer_json, read_vocab_and_merges
-from vtrain.text.spm import SentencePieceModel
+from vtrain.text.spm import SentencePieceModel, without_surrogates
 
 DEFAULT_SPECIALS = ("<|t2i|>", "<|soi|>", "<|eoi|>", "<|pad|>")
 
@@ -52,7 +52,7 @@ class TextTokenizer:
         Lone surrogates become U+FFFD.
         """
         ids: list[int] = []
-        for part in self._added.split(_without_surrogates(text), allow_specials):
+        for part in self._added.split(without_surrogates(text), allow_specials):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             else:
@@ -176,11 +176,3 @@ def _append_specials(model: Model, added: Sequence[AddedToken], specials: Sequen
         tokens[name] = AddedToken(name, size if known is None else known, special=True)
         size += known is None
     return AddedTokens(list(tokens.values()), model.normalize), size
-
-
-def _without_surrogates(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

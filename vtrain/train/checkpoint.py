@@ -81,7 +81,7 @@ def list_steps(root: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in root.glob("step-*") if p.name[5:].isdigit())
 
 
-def open_folder(folder: Path, world: World) -> None:
+def open_folder(folder: Path) -> None:
     """Make the folder that a checkpoint is written in before it gets its name (the main rank does)."""
     temporary = _temporary(folder)
     delete_folder(temporary)
@@ -110,12 +110,13 @@ def _temporary(folder: Path) -> Path:
     return folder.with_name(f".tmp-{folder.name}")
 
 
-def load(folder: Path, tensors: Tensors, world: World) -> tuple[dict, list[dict]]:
+def load(folder: Path, tensors: Tensors, world: World, state: dict | None = None) -> tuple[dict, list[dict]]:
     """Fill this rank's tensors in place from a checkpoint; its state, and the own states of the ranks that wrote it.
 
+    state: what `read_state` has returned, if it has been called: every file is read to be checked, once is enough.
     CheckpointError lists every tensor that is missing, unexpected or of another shape.
     """
-    state = read_state(folder)
+    state = read_state(folder) if state is None else state
     problem, own = None, []
     try:
         parts, own = _read_index(folder, state["ranks"])

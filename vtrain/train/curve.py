@@ -33,7 +33,8 @@ def plot_losses(metrics: Path, target: Path) -> None:
     if series and min(v for _, values in series.values() for v in values) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if series:
+        axes.legend(fontsize=8)
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

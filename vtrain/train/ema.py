@@ -24,6 +24,8 @@ class Ema:
     @torch.no_grad()
     def update(self, kept: torch.Tensor) -> None:
         """kept: 1.0 on the device, or 0.0 after a step that was skipped."""
+        if not self.live:  # this rank holds no row of what is trained
+            return
         difference = torch._foreach_sub(list(self.live.values()), list(self.average.values()))
         torch._foreach_mul_(difference, kept * (1.0 - self.decay))
         torch._foreach_add_(list(self.average.values()), difference)

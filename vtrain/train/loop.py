@@ -37,6 +37,10 @@ from vtrain.train.watchdog import Watchdog
 TRAINING = "training.json"  # in the exported folder: {"step": of the weights, "trained_steps": of the run}
 
 
+class DataEnded(ValueError):
+    """There is no next step. All ranks raise it in the same call of `next_work`; the loop saves what was trained."""
+
+
 @dataclass
 class Work:
     """This rank's share of one step.
@@ -63,7 +67,7 @@ class Task(Protocol):
     optimizers: dict[str, AdamW]  # stepped in this order, each over its own pass through the micro-batches
 
     def next_work(self) -> Work:
-        """The next step's micro-batches, on the device."""
+        """The next step's micro-batches, on the device; `DataEnded` after the last."""
 
     def terms(self, optimizer: str, batch: Any) -> tuple[dict, dict]:
         """Forward of one micro-batch: (terms {name: (sum, weight)}, stats {name: detached sum})."""
@@ -101,6 +105,7 @@ class _Run:
         self.folder = self.out / "checkpoints"
         self.steps = settings.train.steps
         self.step = 0
+        self.saved_step = 0  # of the newest checkpoint that was begun or resumed from
         self.best: dict = {}  # {"step": n, "loss": x}
         self.term_weights: dict[str, float] = {}
         self.bad_steps = torch.zeros((), device=world.device)  # skipped ones; read when a line is logged
@@ -110,6 +115,8 @@ class _Run:
         self.watchdog = Watchdog(world.rank, settings.run.timeout_s)
         self.stop = StopRequest()
         self.sinks: list = []
+        for module in (task.root, *task.root.children()):  # a long evaluation or a drawing gets on by forwards
+            module.register_forward_pre_hook(lambda *_: self.watchdog.beat())
 
     def run(self) -> Path:
         try:
@@ -127,7 +134,7 @@ class _Run:
         self._on_main(self._clear_leftovers)
         self._resume()
         final = self.out / "final"
-        if self.step == self.steps and _exported_after(final) == self.steps:
+        if self.step == self.steps and self._of_main(_exported_after(final)) == self.steps:
             self._say(f"{self.out}: already trained to step {self.step}; nothing to do")
             return final
         self._on_main(self._open_out)
@@ -154,7 +161,13 @@ class _Run:
     def _train(self) -> None:
         every = self.settings
         while self.step < self.steps:
-            norm, stopping = self._one_step()
+            try:
+                norm, stopping = self._one_step()
+            except DataEnded:  # on all ranks at the same step
+                if self.saved_step < self.step:
+                    self._save()
+                    self.saver.wait()
+                raise
             last = self.step == self.steps
             if last or self.step % every.log.every == 0:
                 self._log(norm)
@@ -217,13 +230,16 @@ class _Run:
         return whole
 
     def _agree(self, counts: list[dict[str, float]]) -> tuple[dict[str, float], bool]:
-        """The one exchange of host numbers in a step: global counts, who was asked to stop, who has written."""
+        """The one exchange of host numbers in a step: global counts, who is asked to stop, who wrote or failed to."""
         names = sorted(counts[0])
         own = [sum(c[n] for c in counts) for n in names]
-        *sums, stopping, written = sum_over_ranks([*own, float(bool(self.stop.name)), float(self.saver.written)])
+        flags = [bool(self.stop.name), self.saver.written, self.saver.failed]
+        *sums, stopping, written, failed = sum_over_ranks([*own, *map(float, flags)])
         if written == self.world.size:
             self._doing("completing a checkpoint")
             self.saver.commit()
+        if failed:
+            self.saver.wait()  # raises; the next checkpoint may be hours away
         return dict(zip(names, sums)), stopping > 0
 
     def _log(self, norm: torch.Tensor) -> None:
@@ -273,6 +289,8 @@ class _Run:
                 reshard(self.task.root)  # a forward without backward leaves the root gathered, with these weights
 
     def _save(self) -> None:
+        self._doing("waiting for the checkpoint before")
+        self.saver.wait()
         self._doing("copying the state for a checkpoint")
         state = {
             "step": self.step,
@@ -285,6 +303,7 @@ class _Run:
         own = {"meter": self.meter.state()}
         self._on_main(lambda: [sink.sync() for sink in self.sinks])
         self.saver.begin(self.step, self._tensors(), state, own, config.dump(self.settings), self._protected())
+        self.saved_step = self.step
 
     def _protected(self) -> set[int]:
         return {self.best["step"]} if self.settings.checkpoint.best and self.best else set()
@@ -299,19 +318,19 @@ class _Run:
     def _resume(self) -> None:
         self._doing("resuming")
         choice = self.settings.checkpoint.resume
-        steps = checkpoint.list_steps(self.folder)
-        if choice == "never" and steps:
+        newest = self._of_main(max(checkpoint.list_steps(self.folder), default=-1))
+        if choice == "never" and newest >= 0:
             raise ValueError(
-                f"{self.folder}: has a checkpoint at step {steps[-1]}, and checkpoint.resume is never; "
+                f"{self.folder}: has a checkpoint at step {newest}, and checkpoint.resume is never; "
                 "choose another run.out, or checkpoint.resume=auto"
             )
-        if choice == "never" or (choice == "auto" and not steps):
+        if choice == "never" or (choice == "auto" and newest < 0):
             return
-        source = checkpoint.step_folder(self.folder, steps[-1]) if choice == "auto" else Path(choice)
+        source = checkpoint.step_folder(self.folder, newest) if choice == "auto" else Path(choice)
         self._restore(source)
-        if steps and steps[-1] > self.step:
+        if newest > self.step:
             raise ValueError(
-                f"{self.folder}: has a checkpoint at step {steps[-1]}, later than {source} at step {self.step}; "
+                f"{self.folder}: has a checkpoint at step {newest}, later than {source} at step {self.step}; "
                 "move the later ones away, choose another run.out, or go on with checkpoint.resume=auto"
             )
         self._say(f"resumed from {source} at step {self.step}/{self.steps}")
@@ -321,16 +340,29 @@ class _Run:
         _check_identity(source, state["identity"], self.task.identity())
         if state["step"] > self.steps:
             raise ValueError(f"{source}: is at step {state['step']}, past train.steps = {self.steps}")
-        _, own = checkpoint.load(source, self._tensors(), self.world)
-        self.task.load_state(state["task"])
+        _, own = checkpoint.load(source, self._tensors(), self.world, state)
+        try:
+            self.task.load_state(state["task"])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}; set them back, or take another run.out") from None
         self.step, self.best, self.meter.total_units = state["step"], state["best"], state["units"]
+        self.saved_step = self.step
         self.bad_steps.fill_(state["bad_steps"])
         self.meter.load_state([rank["meter"] for rank in own], self.world.rank, self.world.size)
+        self._forget_lost_best()
+
+    def _forget_lost_best(self) -> None:
+        """A best checkpoint that is not in this folder cannot be exported: that of another folder, or a deleted one."""
+        if not (self._protected() and self.settings.checkpoint.export == "best"):
+            return
+        if not self._of_main(checkpoint.step_folder(self.folder, self.best["step"]).is_dir()):
+            self._say(f"the best checkpoint so far, step {self.best['step']}, is not in {self.folder}: forgotten")
+            self.best = {}
 
     def _finish(self, final: Path) -> None:
         """Export the last weights, or the best ones of the evaluations."""
         exported = self.step
-        if self.settings.checkpoint.export == "best" and self.best and self.best["step"] != self.step:
+        if self.settings.checkpoint.export == "best" and self._protected() - {self.step}:
             exported = self.best["step"]
             self._doing("loading the best checkpoint")
             checkpoint.load(checkpoint.step_folder(self.folder, exported), self._tensors(), self.world)
@@ -370,6 +402,10 @@ class _Run:
             except (OSError, ValueError) as error:
                 problem = str(error)
         raise_together(problem)
+
+    def _of_main(self, number: int) -> int:
+        """The main rank's number, on all ranks: what they see of a shared folder may differ for a while."""
+        return int(sum_over_ranks([number if self.world.main else 0])[0])
 
     def _doing(self, operation: str) -> None:
         self.watchdog.doing(operation, self.step)

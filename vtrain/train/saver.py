@@ -31,6 +31,11 @@ class Saver:
         """Whether this rank has ended its part of the checkpoint under way (or failed to), and commit is due."""
         return self.folder is not None and not self._committing and not self._work.running
 
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint under way could not be completed (known to the main rank); `wait` raises it."""
+        return self._committing and self._work.error is not None
+
     def begin(
         self, step: int, tensors: checkpoint.Tensors, state: Mapping, own: Mapping, config: str, protected: set[int]
     ) -> None:
@@ -38,7 +43,7 @@ class Saver:
         self.wait()
         folder = checkpoint.step_folder(self.root, step)
         copy = tensors.copied()
-        self._together(lambda: checkpoint.open_folder(folder, self.world), only_main=True)
+        self._together(lambda: checkpoint.open_folder(folder), only_main=True)
         self.folder, self._protected, self._committing = folder, protected, False
 
         def write() -> None:

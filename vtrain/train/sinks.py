@@ -18,7 +18,8 @@ class Jsonl:
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= resume_step]
+            lines = path.read_text(errors="replace").splitlines(True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= resume_step]
         write_durably(path, "".join(kept))
         self.file = open(path, "ab")  # noqa: SIM115 - closed by close()
 

@@ -12,10 +12,10 @@ EXIT_CODE = 75  # EX_TEMPFAIL: worth starting again
 
 
 class Watchdog:
-    """Ends the process when no operation has begun or ended for `timeout_s` seconds (0 = never).
+    """Ends the process when nothing has begun or got on for `timeout_s` seconds (0 = never).
 
-    `doing(operation, step)` is called at the beginning of every operation; the message names rank, step and operation,
-    and the stacks of all threads follow it.
+    `doing(operation, step)` is called at the beginning of every operation and `beat()` inside long ones; the message
+    names rank, step and operation, and the stacks of all threads follow it.
     """
 
     def __init__(self, rank: int, timeout_s: float) -> None:
@@ -26,6 +26,10 @@ class Watchdog:
 
     def doing(self, operation: str, step: int) -> None:
         self.operation, self.step, self.since = operation, step, time.monotonic()
+
+    def beat(self) -> None:
+        """The operation under way gets on."""
+        self.since = time.monotonic()
 
     def __enter__(self) -> Watchdog:
         if self.timeout_s > 0:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+MAX_RATIO = 100  # of the sides of a picture
+
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bicubic": Image.Resampling.BICUBIC,
@@ -18,12 +20,15 @@ FILTERS = {
 def load_image(path: str | os.PathLike) -> Image.Image:
     """The whole picture as RGB: alpha is dropped, not blended; grey is repeated; no EXIF rotation.
 
-    ValueError names the file when it is missing, empty, truncated, broken, or holds more than 8 bits per channel.
+    ValueError names the file when it is missing, empty, truncated, broken, holds more than 8 bits per channel, or is
+    more than MAX_RATIO times as long as wide.
     """
     try:
         if os.path.getsize(path) == 0:
             raise ValueError("the file is empty")
         with Image.open(path) as image:
+            if max(image.size) > MAX_RATIO * min(image.size):  # brought to size it would be larger still
+                raise ValueError(f"{image.width} x {image.height} pixels, expected sides of at most {MAX_RATIO} : 1")
             if image.mode.startswith(("I", "F")):  # PIL would clip these to white
                 raise ValueError(f"pixel mode {image.mode}, expected 8 bits per channel")
             return image.convert("RGB")

@@ -22,6 +22,7 @@ _GRID_CAPTION_WIDTH = 150
 _GAP = 8
 _FONT_SIZE = 13
 _LINE = 17
+_CUT = "..."
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int | None = None) -> Image.Image:
@@ -76,9 +77,10 @@ def write_png(path: str | os.PathLike, image: Image.Image) -> None:
 
 def wrap_caption(caption: str, width: int, font: ImageFont.FreeTypeFont, lines: int = CAPTION_LINES) -> str:
     """At most `lines` lines, each at most `width` pixels wide; words longer than a line are cut."""
-    letters = len(caption)
-    while letters > 1:
-        wrapped = textwrap.wrap(caption, letters, max_lines=lines, placeholder=" ...")
+    letters = min(max(len(caption), len(_CUT)), width)  # a letter is a pixel wide or more
+    caption = caption[: lines * width + 1]  # what stands past it is cut in any case
+    while letters >= len(_CUT):
+        wrapped = textwrap.wrap(caption, letters, max_lines=lines, placeholder=f" {_CUT}")
         if all(font.getlength(line) <= width for line in wrapped):
             return "\n".join(wrapped)
         letters = min(letters - 1, max(len(line) for line in wrapped) - 1)

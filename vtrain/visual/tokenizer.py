@@ -104,6 +104,8 @@ def load_image_tokenizer(folder: str | os.PathLike, device: torch.device | str =
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: not a whole safetensors file: {error}") from error
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {', '.join(broken)}: NaN or infinity; expected finite numbers")
     with torch.random.fork_rng(devices=()):  # weights about to be overwritten must not use up the caller's draws
         model = Autoencoder(config)
     model.load_weights(tensors, origin=str(folder / WEIGHTS_FILE))

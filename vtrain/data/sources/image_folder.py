@@ -70,7 +70,7 @@ class ImageFolder:
     def _record(self, line: bytes, number: int) -> Record:
         try:
             value = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.captions_file}:{number}: not JSON: {error}") from None
         if not isinstance(value, dict):
             raise ValueError(f"{self.captions_file}:{number}: {_shown(value)}; expected an object")

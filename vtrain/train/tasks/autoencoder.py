@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from vtrain._host import crc32c
 from vtrain.data.images import ImageBatch, ImageLoader
 from vtrain.data.sources.image_folder import ImageFolder, Record
 from vtrain.dist.comm import sum_over_ranks
@@ -34,8 +36,23 @@ class Plan:
         self.settings = settings
         self.config = AutoencoderConfig(**asdict(settings.model))
         self.records = list(ImageFolder(settings.input.images, settings.input.captions))
+        self._check_readable()
         held_out = settings.eval
         self.eval_records = list(ImageFolder(held_out.images, held_out.captions)) if held_out.captions else []
+
+    def _check_readable(self) -> None:
+        """ValueError where not one image can be read: training would go on with nothing. Ends at the first good one."""
+        problems = []
+        for record in self.records:
+            try:
+                load_image(record.path)
+                return
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+        raise ValueError(
+            f"input.captions {self.settings.input.captions}: not one of {len(problems)} images can be read; "
+            f"the first: {problems[0]}"
+        )
 
     def loader(self, records: list[Record], rank: int = 0, world: int = 1) -> ImageLoader:
         train, source = self.settings.train, self.settings.input
@@ -87,6 +104,7 @@ class AutoencoderTask:
         self.steps: Iterator | None = None
         torch.manual_seed(settings.run.seed)
         model = Autoencoder(self.plan.config, seed=settings.run.seed).to(world.device)
+        self.persistent = frozenset(model.state_dict())  # asked for once: with sharded parameters it costs a while
         loss = settings.loss
         self.root = Root(model, AutoencoderObjective(l1=loss.l1, l2=loss.l2, commitment=loss.commitment))
         shard(self.root, (), world, self.dtype)
@@ -115,7 +133,7 @@ class AutoencoderTask:
 
     def end_step(self, step: int, kept: torch.Tensor) -> dict[str, torch.Tensor]:
         """Move the codebook by what the step gathered; after a skipped step it stays as it was."""
-        codebook = [b for name, b in self.model.named_buffers() if name in self.model.state_dict()]
+        codebook = [b for name, b in self.model.named_buffers() if name in self.persistent]
         before = [buffer.clone() for buffer in codebook]
         stats = self.model.end_step(step)
         for buffer, old in zip(codebook, before):
@@ -155,15 +173,34 @@ class AutoencoderTask:
                 sums[name] = sums.get(name, 0.0) + float(total)
                 counts[name] = counts.get(name, 0.0) + batch.count
         total = sum_over_ranks([*sums.values(), *counts.values()])
+        if not total[-1]:
+            raise ValueError(f"{self.settings.eval.captions}: not one held-out image could be read")
         return {"held out": {n: s / c for n, s, c in zip(sums, total, total[len(sums) :])}}
 
     def identity(self) -> dict:
         return {"task": self.kind, "model": asdict(self.plan.config)}
 
     def state(self) -> dict:
-        return {"step": self.step}
+        return {"step": self.step, "data": self._data()}
+
+    def _data(self) -> dict:
+        """What decides which images a step holds."""
+        keys = np.array([record.key for record in self.plan.records], dtype=np.uint64)
+        return {
+            "run.seed": self.settings.run.seed,
+            "train.images_per_step": self.settings.train.images_per_step,
+            "input.captions": f"{len(keys)} images, crc32c {crc32c(keys):08x}",
+        }
 
     def load_state(self, state: dict) -> None:
+        theirs, ours = state["data"], self._data()
+        differing = [
+            f"{name} is {theirs[name]} in the checkpoint and {ours[name]} here"
+            for name in ours
+            if theirs[name] != ours[name]
+        ]
+        if differing:
+            raise ValueError(f"the images of a step are others: {'; '.join(differing)}")
         self.step, self.steps = state["step"], None
 
     def export(self, folder: Path) -> None:

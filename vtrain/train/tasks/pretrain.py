@@ -27,7 +27,7 @@ from vtrain.models.presets import from_hf_config, preset
 from vtrain.objectives.next_token import NextToken
 from vtrain.settings import PretrainSettings
 from vtrain.train.freeze import apply_trainable
-from vtrain.train.loop import Work
+from vtrain.train.loop import DataEnded, Work
 from vtrain.train.optim import AdamW
 from vtrain.train.pictures import PictureDrawer
 from vtrain.train.tasks.root import Root, compute_dtype
@@ -155,7 +155,11 @@ class PretrainTask:
             self.steps = iter(self.loader)
         step = next(self.steps, None)
         if step is None:
-            raise ValueError("the data ended: every source has reached its data.sources.N.max_epochs")
+            done = self.loader.state_dict()["progress"]["step"]
+            raise DataEnded(
+                f"the data ended after step {done}, which is saved: every source has reached its "
+                f"data.sources.N.max_epochs; train.steps={done} exports what was trained"
+            )
         return Work(
             batches=[b.to(self.world.device) for b in step.batches],
             counts=[b.counts for b in step.batches],
@@ -207,6 +211,8 @@ class PretrainTask:
             counts += [batch.counts[n] for n in names]
         total = sum_over_ranks([*sums.tolist(), *counts])
         means = {n: s / c for n, s, c in zip(names, total, total[len(names) :]) if c > 0}
+        if "next_token" not in means:
+            raise ValueError(f"{dataset.path}: no token to evaluate on: all labels have weight 0 or there is no sample")
         return {"loss" if n == "next_token" else n: value for n, value in means.items()}
 
     def identity(self) -> dict:
