@@ -192,7 +192,8 @@ def test_an_unreadable_image_is_left_out_and_named(pictures, tmp_path, caplog):
     assert "3.png" in caplog.text
     keys = [k for b in batches for k in b.keys[: b.count].tolist()]
     assert len(set(keys)) == 48
-    assert all(float(b.images[b.count :].abs().sum()) >= 0 for b in batches)
+    assert all(b.weights.tolist() == [1.0] * b.count + [0.0] * (len(b.weights) - b.count) for b in batches)
+    assert all((b.images[b.count :] == -1.0).all() and (b.keys[b.count :] == 0).all() for b in batches)
 
 
 def test_no_image_that_can_be_read(pictures, tmp_path):

@@ -43,7 +43,7 @@ class Saver:
         self.wait()
         folder = checkpoint.step_folder(self.root, step)
         copy = tensors.copied()
-        self._together(lambda: checkpoint.open_folder(folder), only_main=True)
+        self._on_main(lambda: checkpoint.open_folder(folder))
         self.folder, self._protected, self._committing = folder, protected, False
 
         def write() -> None:
@@ -87,9 +87,9 @@ class Saver:
         error = self._work.error if self._work is not None else None
         raise_together(f"{self.folder}: rank {self.world.rank} cannot write the checkpoint: {error}" if error else None)
 
-    def _together(self, action: Callable[[], None], *, only_main: bool) -> None:
+    def _on_main(self, action: Callable[[], None]) -> None:
         problem = None
-        if self.world.main or not only_main:
+        if self.world.main:
             try:
                 action()
             except OSError as error:
