@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +60,32 @@ class TextTokenizer:
             else:
                 ids += self._model.encode(part)
         return ids
+
+    def encode_joined(self, parts: Sequence[str]) -> list[list[int]]:
+        """The ids of the parts joined to one text, cut where the parts meet; no special tokens in them.
+
+        The BPE of a joined text is not the join of the parts' BPEs: a token that lies in two parts goes to the one in
+        which it begins. ValueError where the tokenizer does not keep the text (then nothing says where it was cut).
+        """
+        if not parts:
+            return []
+        text = "".join(parts)
+        ids = self.encode(text)
+        if self.decode(ids) != text:
+            raise ValueError(
+                f"{text[:80]!r}: the tokenizer changes this text; its parts cannot be told apart in the ids"
+            )
+        cuts, stop, begun = [0], 0, 0
+        for part in parts[:-1]:
+            stop += len(part)
+            begun = bisect_left(range(len(ids)), stop, lo=begun, key=lambda k: self._reached(text, ids[:k]))
+            cuts.append(begun)
+        return [ids[a:b] for a, b in pairwise([*cuts, len(ids)])]
+
+    def _reached(self, text: str, ids: Sequence[int]) -> int:
+        """How many characters of `text` these first ids of it are; one of which bytes are missing does not count."""
+        decoded = self.decode(ids)
+        return len(decoded if text.startswith(decoded) else decoded.rstrip("\ufffd"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
