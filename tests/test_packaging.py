@@ -195,7 +195,8 @@ def needed() -> set[str]:
     """The distributions that the development environment needs, from what the installed ones ask for."""
     extras = PROJECT["optional-dependencies"]
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    waiting = [*build, *PROJECT["dependencies"], *extras["dev"], *extras["quickstart"], *extras["plots"]]
+    used = ("dev", "data", "huggingface", "plots", "quickstart")
+    waiting = [*build, *PROJECT["dependencies"], *(line for name in used for line in extras[name])]
     found = {"vtrain"}
     while waiting:
         requirement = Requirement(waiting.pop())
