@@ -22,7 +22,7 @@ run vtrain.autoencoder --cfg quickstart/vq
 
 step "4/6 token shards: pictures and captions encoded once"
 run vtrain.extract --cfg quickstart/extract
-run vtrain.extract --cfg quickstart/extract input.captions=$runs/data/valid.jsonl run.out=$runs/shards/valid
+run vtrain.extract --cfg quickstart/extract input.records=$runs/data/valid.jsonl run.out=$runs/shards/valid
 python -m vtrain.shards verify $runs/shards/train
 
 step "5/6 the decoder learns caption -> codes"

@@ -1,4 +1,4 @@
-"""Token shards the slow way: samples as plain Python, and a reader written from the layout with struct alone."""
+"""Shards and twins the slow way: samples as plain Python, and readers written from the layout with struct alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from vtrain._host import crc32c, crc32c_blocks
 from vtrain.data import format
-from vtrain.data.format import SEGMENT, Footer, Modality, Schema, ShardInfo, read_pages
+from vtrain.data.format import SEGMENT, Footer, Kind, Modality, Schema, ShardInfo, read_pages
 from vtrain.data.samples import pack_runs
 from vtrain.data.writer import ShardWriter
 from vtrain.vocab import Vocabulary
@@ -23,12 +24,14 @@ VOCAB = Vocabulary.of(text=40, visual=24)
 
 @dataclass
 class Sample:
-    """segments: tuples in the order of SEGMENT; runs: (length, loss class) pairs or None."""
+    """segments: tuples in the order of SEGMENT; runs: (length, loss class) pairs; labels: one per id; or None."""
 
     key: int
     ids: list[int]
     segments: list[tuple] = field(default_factory=list)
     runs: list[tuple[int, int]] | None = None
+    labels: list[int] | None = None
+    columns: dict[str, float] = field(default_factory=dict)
 
 
 def samples(vocab: Vocabulary, max_size: int = 8) -> st.SearchStrategy[list[Sample]]:
@@ -75,8 +78,29 @@ def some_samples(count: int, seed: int = 0, vocab: Vocabulary = VOCAB) -> list[S
     return found
 
 
-def batch(found: list[Sample], with_runs: bool = True) -> tuple[tuple, dict]:
-    """The arguments of `append_batch`."""
+def dressed(found: list[Sample], schema: Schema, seed: int = 0) -> list[Sample]:
+    """The same samples with the labels and columns that the schema asks for."""
+    rng = random.Random(seed)
+
+    def value(dtype: str) -> float:
+        kind = np.dtype(dtype)
+        if kind.kind == "f":
+            return float(np.array(rng.uniform(-1e6, 1e6)).astype(kind))
+        return rng.choice([int(np.iinfo(kind).min), int(np.iinfo(kind).max), rng.randrange(100)])
+
+    last = schema.vocab.size - 1
+    return [
+        replace(
+            sample,
+            labels=[rng.choice([0, last, rng.randint(0, last)]) for _ in sample.ids] if schema.labels else None,
+            columns={name: value(dtype) for name, dtype in schema.columns.items()},
+        )
+        for sample in found
+    ]
+
+
+def batch(found: list[Sample], with_runs: bool = True, schema: Schema | None = None) -> tuple[tuple, dict]:
+    """The arguments of `append_batch`; with the labels and columns of a schema."""
 
     def cu(lengths):
         return np.cumsum([0, *lengths])
@@ -88,6 +112,12 @@ def batch(found: list[Sample], with_runs: bool = True) -> tuple[tuple, dict]:
         runs = [r for s in found for r in s.runs or ()]
         options["runs"] = pack_runs([n for n, _ in runs], [c for _, c in runs])
         options["run_offsets"] = cu(len(s.runs or ()) for s in found)
+    if schema and schema.labels:
+        options["labels"] = np.array([i for s in found for i in s.labels], dtype=np.int64)
+    if schema and schema.columns:
+        options["columns"] = {
+            name: np.array([s.columns[name] for s in found], dtype=dtype) for name, dtype in schema.columns.items()
+        }
     return (ids, cu(len(s.ids) for s in found), segments, cu(len(s.segments) for s in found)), options
 
 
@@ -97,45 +127,92 @@ def write_shard(path: Path, schema: Schema, found: list[Sample], *, cuts: tuple[
     with_runs = any(s.runs is not None for s in found)
     with ShardWriter(path, schema, **options) as writer:
         for first, last in zip((0, *cuts), (*cuts, len(found))):
-            arguments, keywords = batch(found[first:last], with_runs)
+            arguments, keywords = batch(found[first:last], with_runs, schema)
             writer.append_batch(*arguments, **keywords)
     return writer.info
 
 
-def slow_read(path: Path) -> tuple[dict, list[Sample]]:
-    """(schema JSON, samples) by struct alone, from the layout in vtrain/data/format.py."""
+def _slow_sections(path: Path, kind: int) -> tuple[int, int, dict]:
+    """(samples, tokens, section id -> (bytes, dtype code, items)) by struct alone, from the layout in format.py."""
     data = path.read_bytes()
     assert data[:8] == b"VTSHARD\0"
+    assert struct.unpack_from("<I", data, 40) == (kind,)
     footer = data[-4096:]
-    file_bytes, count, tokens = struct.unpack_from("<QQQ", footer, 16)
+    file_bytes, samples, tokens = struct.unpack_from("<QQQ", footer, 16)
     (n_sections,) = struct.unpack_from("<I", footer, 88)
     assert file_bytes == len(data)
     raw = {}
     for at in range(640, 640 + 48 * n_sections, 48):
         id, code, flags, crc, offset, size, items = struct.unpack_from("<16sHHIQQQ", footer, at)
-        assert flags == 0
+        id = id.rstrip(b"\0").decode()
+        assert flags == id.startswith("COL.")
         assert offset % 4096 == 0
         assert crc == crc32c(data[offset : offset + size])
-        raw[id.rstrip(b"\0").decode()] = (data[offset : offset + size], code, items)
+        raw[id] = (data[offset : offset + size], code, items)
+    assert list(raw)[-1] == "BCRC"
+    return samples, tokens, raw
 
-    def numbers(id: str) -> list[int]:
-        content, code, items = raw[id]
-        return list(struct.unpack(f"<{items}{' BHIQ'[code]}", content))
 
-    ids, off, sego, keys = numbers("TOK"), numbers("OFF"), numbers("SEGO"), numbers("KEY")
+def _numbers(section: tuple) -> list:
+    content, code, items = section
+    return list(struct.unpack(f"<{items}{' BHIQiqfdeb'[code]}", content))
+
+
+def _slow_ids(raw: dict, stream: str) -> list[int]:
+    """The ids of TOK or LBL, whose high bits may stand in a plane."""
+    ids = _numbers(raw[stream])
+    for bits in (1, 2):
+        if f"{stream}{bits}" in raw:
+            plane = int.from_bytes(raw[f"{stream}{bits}"][0], "little")
+            assert len(raw[f"{stream}{bits}"][0]) == -(-len(ids) * bits // 8)
+            assert plane >> (len(ids) * bits) == 0
+            ids = [low + ((plane >> (i * bits)) % 2**bits) * 2**16 for i, low in enumerate(ids)]
+    return ids
+
+
+def slow_read(path: Path) -> tuple[dict, list[Sample]]:
+    """(schema JSON, samples) of a shard."""
+    count, tokens, raw = _slow_sections(path, kind=0)
+    ids, off, sego, keys = _slow_ids(raw, "TOK"), _numbers(raw["OFF"]), _numbers(raw["SEGO"]), _numbers(raw["KEY"])
     assert len(ids) == tokens
     segments = list(struct.iter_unpack("<IBBBBHHHH", raw["SEG"][0]))
     found = [Sample(keys[n], ids[off[n] : off[n + 1]], segments[sego[n] : sego[n + 1]], None) for n in range(count)]
     if "RUN" in raw:
-        runs, runo = numbers("RUN"), numbers("RUNO")
+        runs, runo = _numbers(raw["RUN"]), _numbers(raw["RUNO"])
         for n, sample in enumerate(found):
             sample.runs = [(r & 0xFFFFFF, r >> 24) for r in runs[runo[n] : runo[n + 1]]]
+    if "LBL" in raw:
+        labels = _slow_ids(raw, "LBL")
+        for n, sample in enumerate(found):
+            sample.labels = labels[off[n] : off[n + 1]]
+    for id in (id for id in raw if id.startswith("COL.")):
+        for sample, value in zip(found, _numbers(raw[id]), strict=True):
+            sample.columns[id[4:]] = value
     return json.loads(raw["SCHEMA"][0]), found
 
 
+def slow_read_twin(path: Path) -> tuple[dict, list]:
+    """(META JSON, per segment its rows as lists of floats or its bytes)."""
+    (kind,) = struct.unpack_from("<I", path.read_bytes(), 40)
+    segments, total, raw = _slow_sections(path, kind)
+    meta, offsets = json.loads(raw["META"][0]), _numbers(raw["ROWO"])
+    assert len(offsets) == segments + 1
+    assert offsets[-1] == total
+    spans = list(pairwise(offsets))
+    if kind == 2:
+        return meta, [raw["BYTES"][0][a:b] for a, b in spans]
+    values = _numbers(raw["ROW"])
+    if meta["dtype"] == "bf16":
+        values = [struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in values]
+    rows = [values[n * meta["dim"] : (n + 1) * meta["dim"]] for n in range(total)]
+    if meta["dtype"] == "i1":
+        rows = [[step * scale for step in row] for row, scale in zip(rows, _numbers(raw["SCALE"]), strict=True)]
+    return meta, [rows[a:b] for a, b in spans]
+
+
 def rewrite_footer(path: Path, **changes) -> Footer:
-    """Replace fields of a shard's footer (`sections` included) and give the page a right checksum again."""
-    footer = replace(read_pages(path)[0], **changes)
+    """Replace fields of a shard's or twin's footer (`sections` too) and give the page a right checksum again."""
+    footer = replace(read_pages(path, *Kind)[0], **changes)
     with open(path, "r+b") as file:
         file.seek(-format.PAGE, 2)
         file.write(format.pack_footer(footer))
@@ -143,14 +220,14 @@ def rewrite_footer(path: Path, **changes) -> Footer:
 
 
 def overwrite(path: Path, offset: int, data: bytes, *, checksums: bool = False) -> None:
-    """Put bytes into a shard; `checksums` makes blocks, sections and footer agree with them."""
+    """Put bytes into a shard or twin; `checksums` makes blocks, sections and footer agree with them."""
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(data)
     if not checksums:
         return
     content = bytearray(path.read_bytes())
-    footer, block = read_pages(path)
+    footer, block = read_pages(path, *Kind)
     blocks = footer.sections["BCRC"]
     content[blocks.offset : blocks.offset + blocks.bytes] = crc32c_blocks(content[: blocks.offset], block).tobytes()
     path.write_bytes(content)

@@ -459,7 +459,7 @@ def test_a_required_list_must_not_be_empty():
         ("pretrain", ["optim.warmup=2"], "optim.warmup is 2; expected at most train.steps = 1"),
         ("pretrain", ["eval.every=1"], "eval: every is 1 and sources is empty"),
         ("pretrain", ["sample.every=1"], "sample: every is 1 and prompts is empty"),
-        ("autoencoder", ["eval.every=1"], "eval: every is 1; expected images and captions"),
+        ("autoencoder", ["eval.every=1"], "eval: every is 1; expected records or images"),
         ("autoencoder", ["loss.l2=0"], "loss: l1 and l2 are both 0"),
         ("pretrain", ["data.sources.0.path=a/x", "data.sources.1.path=b/x"], "data: sources: 2 are called x"),
         ("pretrain", ["eval.sources.0.path=a/x", "eval.sources.1.path=b/", "eval.sources.1.name=x"], "2 are called x"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from ranks import run_ranks
 from toys import CAPTIONS, CODES, extract_arguments, write_images
@@ -17,8 +21,9 @@ from toys import CAPTIONS, CODES, extract_arguments, write_images
 from vtrain.config import load as load_settings
 from vtrain.config import run_command
 from vtrain.data.format import Modality, Role
-from vtrain.data.reader import Dataset, verify
-from vtrain.data.sources.image_folder import image_key
+from vtrain.data.reader import Dataset
+from vtrain.data.sources.record import stable_key
+from vtrain.data.verify import verify
 from vtrain.extract import main
 from vtrain.settings import ExtractSettings
 from vtrain.text import load_text_tokenizer, train_sentencepiece
@@ -73,7 +78,7 @@ def test_the_dataset_holds_captions_and_codes(inputs, finished):
     assert dataset.schema.specials == {name: text.special_id(name) for name in text.specials}
     assert [len(shard) for shard in dataset.shards] == [5, 5, 5, 5, 3]
     everything = np.arange(IMAGES)
-    assert dataset.keys(everything).tolist() == [image_key(f"{i}.png") for i in range(IMAGES)]
+    assert dataset.keys(everything).tolist() == [stable_key(f"{i}.png") for i in range(IMAGES)]
     for i in range(IMAGES):
         ids, _ = dataset.read([i])
         segments, _ = dataset.segments([i])
@@ -93,7 +98,147 @@ def test_only_the_dataset_is_left(finished):
     names = sorted(path.name for path in finished.iterdir())
     manifest = next(name for name in names if name.startswith("manifest-"))
     shards = [f"shard-{u:05d}.vts" for u in range(5)]
-    assert names == ["extract.json", "image_tokenizer", manifest, *shards, "text_tokenizer"]
+    assert names == [".lock", "extract.json", "image_tokenizer", manifest, *shards, "text_tokenizer"]
+
+
+def write_llava(inputs: Path, folder: Path, lines: list[dict]) -> list[str]:
+    talks = [
+        {
+            "image": line["image"],
+            "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": line["caption"][0]}],
+        }
+        for line in lines
+    ]
+    (folder / "chat.json").write_text(json.dumps(talks))
+    return [f"input.records={folder / 'chat.json'}"]
+
+
+def write_vgt(inputs: Path, folder: Path, lines: list[dict]) -> list[str]:
+    for line in lines:
+        (folder / f"{line['image']}.json").write_text(json.dumps({"re_caption": line["caption"]}))
+    entries = [{"image": line["image"], "annotation": f"{line['image']}.json"} for line in lines]
+    (folder / "list.json").write_text(json.dumps(entries))
+    return [f"input.records={folder / 'list.json'}", f"input.annotations={folder}"]
+
+
+def write_webdataset(inputs: Path, folder: Path, lines: list[dict], name: str = "a.tar") -> list[str]:
+    with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as tar:
+        for line in lines:
+            path = inputs / "images" / line["image"]
+            texts = path.with_suffix(".json").name, json.dumps({"captions": line["caption"]}).encode()
+            for member, data in ((path.name, path.read_bytes()), texts):
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return [f"input.records={folder / name}", "input.images="]
+
+
+def write_compressed(inputs: Path, folder: Path, lines: list[dict]) -> list[str]:
+    return write_webdataset(inputs, folder, lines, "a.tar.gz")
+
+
+def write_parquet(inputs: Path, folder: Path, lines: list[dict]) -> list[str]:
+    pictures = [(inputs / "images" / line["image"]).read_bytes() for line in lines]
+    columns = {"jpg": pictures, "caption": [line["caption"] for line in lines]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet", row_group_size=4)
+    return [f"input.records={folder / 'a.parquet'}", "input.images=", "input.fields.image=jpg"]
+
+
+WRITERS = {
+    "llava": write_llava,
+    "parquet": write_parquet,
+    "vgt": write_vgt,
+    "webdataset": write_webdataset,
+    "webdataset, compressed": write_compressed,
+}
+
+
+def as_kind(kind: str, inputs: Path, folder: Path) -> list[str]:
+    """The pictures and captions of `inputs` as another kind of source; the overrides that name it."""
+    lines = [json.loads(line) for line in (inputs / "captions.jsonl").read_text().splitlines()]
+    lines = [{**line, "caption": [line["caption"]] if isinstance(line["caption"], str) else line["caption"]}
+             for line in lines]  # fmt: skip
+    folder.mkdir()
+    return [f"input.kind={kind.partition(',')[0]}", *WRITERS[kind](inputs, folder, lines)]
+
+
+def contents(out: Path, captions: int) -> list[tuple[list[str], list[int]]]:
+    """Per sample the first captions and the codes."""
+    dataset = Dataset(out)
+    text = load_text_tokenizer(out / "text_tokenizer")
+    found = []
+    for i in range(len(dataset)):
+        ids, segments = dataset.read([i])[0], dataset.segments([i])[0]
+        *texts, codes = np.split(ids, segments["start"][1:])
+        found.append(([text.decode(part) for part in texts[:captions]], codes.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_same_pictures_give_the_same_codes_from_any_source(kind, inputs, finished, tmp_path):
+    run(inputs, tmp_path / "out", *as_kind(kind, inputs, tmp_path / "source"))
+    assert verify(tmp_path / "out") == []
+    captions = 1 if kind == "llava" else 3
+    assert contents(tmp_path / "out", captions) == contents(finished, captions)
+    dataset = Dataset(tmp_path / "out")
+    assert len(set(dataset.keys(np.arange(len(dataset))).tolist())) == IMAGES
+    shards = len(dataset.shards)
+    assert shards == (1 if "compressed" in kind else shards if kind == "webdataset" else 5)
+    assert shards > 1 or "compressed" in kind
+
+
+@pytest.fixture(params=["webdataset", "parquet"])
+def damaged_stream(request, damaged, tmp_path) -> tuple[list[str], Path]:
+    """(overrides that name the damaged images as a stream, the finished dataset)."""
+    for name in ("2.png", "22.png"):  # a tar cannot hold what is not there
+        shutil.rmtree(damaged / "images" / name, ignore_errors=True)
+        (damaged / "images" / name).write_bytes(b"broken")
+    overrides = as_kind(request.param, damaged, tmp_path / "source")
+    run(damaged, tmp_path / "one", *overrides)
+    entries = [json.loads(line) for line in (tmp_path / "one" / "skipped.jsonl").read_text().splitlines()]
+    file = "a.tar" if request.param == "webdataset" else "a.parquet"
+    assert [entry["name"] for entry in entries] == [f"{file}:{i}" for i in (2, 3, 9, 10, 22)]
+    return overrides, tmp_path / "one"
+
+
+def test_streams_on_any_number_of_ranks(damaged_stream, damaged, tmp_path):
+    overrides, one = damaged_stream
+    for ranks in (2, 3):
+        run_ranks(ranks, run, damaged, tmp_path / f"on {ranks}", *overrides)
+        assert tree(tmp_path / f"on {ranks}") == tree(one)
+
+
+@pytest.mark.slow
+def test_streams_after_a_kill(damaged_stream, damaged, tmp_path):
+    overrides, one = damaged_stream
+    arguments = extract_arguments(damaged, tmp_path / "killed", *overrides)
+    script = textwrap.dedent(KILLED).format(patch=PATCHES["inside a shard"], arguments=arguments)
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == -9
+    assert list((tmp_path / "killed" / "progress").iterdir())
+    run(damaged, tmp_path / "killed", *overrides)
+    assert tree(tmp_path / "killed") == tree(one)
+
+
+def test_records_of_no_or_several_pictures_are_left_out(inputs, tmp_path):
+    lines = [
+        {"image": ["0.png", "1.png"], "caption": "two"},
+        {"image": "../images/2.png", "caption": "outside"},
+        {"image": "3.png", "caption": "one"},
+    ]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(inputs, tmp_path / "out", f"input.records={tmp_path / 'captions.jsonl'}")
+    entries = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert entries == [
+        {"name": "captions.jsonl:1", "reason": "2 images; expected one"},
+        {"name": "captions.jsonl:2", "reason": "path '../images/2.png' leads out of its folder"},
+    ]
+    assert [texts for texts, _ in contents(tmp_path / "out", 1)] == [["one"]]
+
+
+def test_a_folder_without_captions(inputs, tmp_path, capsys):
+    run(inputs, tmp_path / "out", "input.records=")
+    assert "'0.png', no caption" in capsys.readouterr().out
+    assert [texts for texts, _ in contents(tmp_path / "out", 3)] == [[]] * IMAGES
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -112,23 +257,24 @@ def test_threads_do_not_change_bytes(inputs, finished, tmp_path):
 def test_bad_images_are_listed_and_counted(damaged, tmp_path, capsys):
     run(damaged, tmp_path / "out")
     assert "18 samples" in (said := capsys.readouterr().out)
-    assert "5 images skipped (see " in said
+    assert "5 records skipped (see " in said
     entries = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert [(e["image"], e["line"], e["key"]) for e in entries] == [
-        (f"{i}.png", i + 1, f"{image_key(f'{i}.png'):#018x}") for i in (2, 3, 9, 10, 22)
+    assert [e["name"] for e in entries] == [f"captions.jsonl:{i + 1}" for i in (2, 3, 9, 10, 22)]
+    assert [e["reason"] for e in entries[:2]] == [
+        f"{damaged / 'images/2.png'}: no such image file",
+        f"{damaged / 'images/3.png'}: cannot read the image: the file is empty",
     ]
-    assert [e["reason"] for e in entries[:2]] == ["no such image file", "cannot read the image: the file is empty"]
-    assert all(e["reason"] for e in entries)
+    assert all(e["reason"].startswith(f"{damaged}") for e in entries)
     dataset = Dataset(tmp_path / "out")
     assert dataset.manifest.skipped == 5
-    kept = [image_key(f"{i}.png") for i in range(IMAGES) if i not in (2, 3, 9, 10, 22)]
+    kept = [stable_key(f"{i}.png") for i in range(IMAGES) if i not in (2, 3, 9, 10, 22)]
     assert dataset.keys(np.arange(len(dataset))).tolist() == kept
 
 
 def test_too_many_bad_images(damaged, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(
-        ValueError, match=r"skipped.jsonl: \d of \d+ images .* expected at most 1 \(input.max_skipped\)"
+        ValueError, match=r"skipped.jsonl: \d of \d+ records .* expected at most 1 \(input.max_skipped\)"
     ):
         run(damaged, out, "input.max_skipped=1")
     assert not list(out.glob("manifest-*"))
@@ -139,13 +285,13 @@ def test_too_many_bad_images(damaged, tmp_path):
 
 def test_no_readable_image_at_all(inputs, tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match=r"23 of 23 images cannot be read; expected at least one readable one"):
+    with pytest.raises(ValueError, match=r"23 of 23 records were skipped; expected at least one that is usable"):
         run(inputs, tmp_path / "out", f"input.images={tmp_path / 'images'}")
     assert not list((tmp_path / "out").glob("manifest-*"))
 
 
 def test_repaired_images_are_taken_in_by_the_next_try(inputs, damaged, finished, tmp_path):
-    with pytest.raises(ValueError, match=r"5 of 23 images"):
+    with pytest.raises(ValueError, match=r"5 of 23 records"):
         run(damaged, tmp_path / "out", "input.max_skipped=4")
     shutil.rmtree(damaged / "images")
     shutil.copytree(inputs / "images", damaged / "images")
@@ -156,6 +302,7 @@ def test_repaired_images_are_taken_in_by_the_next_try(inputs, damaged, finished,
 KILLED = """
     import os, signal
     import vtrain.extract as extract
+    from vtrain.data import build, writer
     from vtrain.config import load
     from vtrain.settings import ExtractSettings
 
@@ -173,9 +320,9 @@ KILLED = """
     extract.main(load(ExtractSettings, None, {arguments!r}))
 """
 PATCHES = {
-    "inside a shard": "extract.ShardWriter.append_batch = deadly(extract.ShardWriter.append_batch, 8)",
-    "between shard and note": "extract.write_durably = deadly(extract.write_durably, 3)",
-    "before the manifest": "extract.publish = deadly(extract.publish, 1)",
+    "inside a shard": "writer.ShardWriter.append_batch = deadly(writer.ShardWriter.append_batch, 8)",
+    "between shard and note": "build.write_durably = deadly(build.write_durably, 3)",
+    "before the manifest": "build.next_generation = deadly(build.next_generation, 1)",
 }
 
 
@@ -248,8 +395,8 @@ def test_another_tokenizer_and_other_captions_are_refused(inputs, finished, tmp_
         run(inputs, finished, f"tokenizer.text={tmp_path / 'other.model'}")
     changed = (inputs / "captions.jsonl").read_text().replace("red", "green")
     (tmp_path / "captions.jsonl").write_text(changed)
-    with pytest.raises(ValueError, match="captions_file"):
-        run(inputs, finished, f"input.captions={tmp_path / 'captions.jsonl'}")
+    with pytest.raises(ValueError, match=r"input\.records"):
+        run(inputs, finished, f"input.records={tmp_path / 'captions.jsonl'}")
 
 
 def test_a_foreign_dataset_is_not_touched(inputs, finished, tmp_path):
@@ -262,7 +409,7 @@ def test_a_foreign_dataset_is_not_touched(inputs, finished, tmp_path):
 def test_mistakes_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"image": "0.png", "caption": "x"}\n{"image": \n')
     cases = {
-        f"input.captions={tmp_path / 'broken.jsonl'}": f"error: {tmp_path / 'broken.jsonl'}:2: not JSON",
+        f"input.records={tmp_path / 'broken.jsonl'}": f"error: {tmp_path / 'broken.jsonl'}:2: not JSON",
         "input.resolution=18": "error: input.resolution is 18; expected a multiple of 4 pixels",
         f"tokenizer.text={tmp_path / 'none.model'}": f"error: {tmp_path / 'none.model'}: no such text tokenizer file",
         "extract.sample_per_shard=4": "did you mean extract.samples_per_shard?",
@@ -280,11 +427,11 @@ def test_mistakes_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
 def test_names_and_captions_that_no_terminal_shows_are_described(inputs, tmp_path, capsys):
     lines = tmp_path / "odd.jsonl"
     lines.write_text(json.dumps({"image": "\ud800.png", "caption": "\ud800" + "x" * 10_000}) + "\n")
-    arguments = extract_arguments(inputs, tmp_path / "out", f"input.captions={lines}")
+    arguments = extract_arguments(inputs, tmp_path / "out", f"input.records={lines}")
     run_command(ExtractSettings, main, [*arguments, "--dry-run"])
     said = capsys.readouterr().out
     said.encode()
-    assert r"first: '\ud800.png', '\ud800xxx" in said
+    assert r"first: 'odd.jsonl:1', '\ud800xxx" in said
     assert max(map(len, said.splitlines())) < 1000
 
 

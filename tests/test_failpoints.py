@@ -18,7 +18,7 @@ from toys import extract_arguments, pretrain_arguments, write_dataset, write_ima
 
 from vtrain import failpoints
 from vtrain.data.manifest import generations
-from vtrain.data.reader import verify
+from vtrain.data.verify import verify
 from vtrain.failpoints import kind, point
 from vtrain.train import checkpoint
 

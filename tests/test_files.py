@@ -44,6 +44,17 @@ def test_tensors_that_do_not_fit_on_the_disk_are_an_oserror_with_the_name(tmp_pa
         files.write_tensors(tmp_path / "gone" / "a.safetensors", {"x": torch.zeros(5)})
 
 
+def test_a_copied_file_is_whole_or_not_there_and_a_link_is_the_same_file(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(5000))
+    with file_size_limit(1000), pytest.raises(OSError, match=r"File too large"):
+        files.copy_file(tmp_path / "a", tmp_path / "b")
+    assert tree(tmp_path) == {"a": bytes(5000)}
+    files.copy_file(tmp_path / "a", tmp_path / "b")
+    files.link(tmp_path / "a", tmp_path / "c")
+    assert tree(tmp_path) == dict.fromkeys("abc", bytes(5000))
+    assert [(tmp_path / name).samefile(tmp_path / "a") for name in "bc"] == [False, True]
+
+
 def test_an_appended_line_is_in_the_file_at_once(tmp_path):
     with open(tmp_path / "lines", "ab") as file:
         files.append(file, "one\n")

@@ -24,8 +24,8 @@ PACKAGES = {"vtrain": ROOT / "vtrain", "vkernels": ROOT / "kernels" / "vkernels"
 # all that train may, and no other module imports it.
 PLAIN = {"vtrain._host", "vtrain.batch", "vtrain.files", "vtrain.rng", "vtrain.vocab"}
 MODELS = PLAIN | {"vkernels", "vtrain.dist", "vtrain.models", "vtrain.visual"}
-WORKS = MODELS | {"vtrain.config", "vtrain.data", "vtrain.describe", "vtrain.generate", "vtrain.objectives",
-                  "vtrain.settings", "vtrain.text", "vtrain.train"}  # fmt: skip
+WORKS = MODELS | {"vtrain.config", "vtrain.data", "vtrain.describe", "vtrain.generate", "vtrain.inspection",
+                  "vtrain.objectives", "vtrain.settings", "vtrain.text", "vtrain.train"}  # fmt: skip
 MAY_IMPORT = {
     "vkernels": {"vkernels._host"},
     "vtrain": set(),
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "vtrain.rng": set(),
     "vtrain.failpoints": set(),
     "vtrain.files": {"vtrain.failpoints"},
-    "vtrain.batch": {"vtrain.vocab"},
+    "vtrain.batch": {"vtrain.vocab", "vtrain._host"},
     "vtrain.config": set(),
     "vtrain.settings": {"vtrain.config"},
     "vtrain.dist": set(),
@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "vtrain.generate": MODELS | {"vtrain.objectives", "vtrain.text"},
     "vtrain.train": WORKS,
     "vtrain.describe": PLAIN | {"vtrain.data", "vtrain.text"},
+    "vtrain.inspection": MODELS | {"vtrain.data", "vtrain.text"},
 }
 ONLY_THIRD_PARTY = {"vkernels": {"torch", "triton"}, "vtrain.dist": {"torch"}, "vtrain.config": set()}
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "flash_attn": "flash-attn"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from toys import VOCAB, pretrain_settings, write_dataset
 
-from vtrain.data.reader import Dataset, verify
+from vtrain.data.reader import Dataset
+from vtrain.data.verify import verify
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.models.hf import export_hf, load_decoder
 from vtrain.pretrain import main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -12,9 +13,12 @@ from PIL import Image
 from shard_model import Sample, overwrite, write_shard
 
 from vtrain.data import manifest
-from vtrain.data.format import Modality, Role, Schema, SegmentFlag, read_pages
+from vtrain.data.format import SEGMENT, Modality, Role, Schema, SegmentFlag, read_pages
 from vtrain.data.reader import Dataset, Shard
-from vtrain.shards import decode_pictures, main
+from vtrain.data.twins import FeatureWriter
+from vtrain.data.writer import ShardWriter
+from vtrain.inspection import decode_pictures
+from vtrain.shards import main
 from vtrain.text import load_text_tokenizer, train_sentencepiece
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
 from vtrain.visual.preprocess import to_uint8
@@ -80,7 +84,7 @@ def test_inspect_shows_schema_lengths_and_captions(made, tmp_path, capsys):
         found.schema.text_tokenizer,
         found.schema.image_tokenizer,
         "resolution=8",
-        "uint16",
+        "u16",
         "key 0x0000000000000066",
         "target image, variant 0, 16 tokens, grid 1 x 4 x 4",
         "input text, variant 3",
@@ -162,13 +166,162 @@ def test_inspect_tells_when_a_tokenizer_is_not_the_one_of_the_shards(dataset, tm
     assert f"problem: {dataset / 'image_tokenizer'}: sha256" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_a_wrong_path_is_one_line_and_exit_code_2(command, tmp_path, capsys):
-    assert main([command, str(tmp_path / "nowhere")]) == 2
+WRONG = {
+    "verify": ["verify", "{nowhere}"],
+    "inspect": ["inspect", "{nowhere}"],
+    "stats": ["stats", "{nowhere}"],
+    "build": ["build", "{nowhere}"],
+    "append": ["append", "{new}", "{nowhere}"],
+    "append from": ["append", "{new}", "--from", "{nowhere}"],
+    "merge": ["merge", "{data}", "{nowhere}", "--out", "{new}"],
+    "exclude": ["exclude", "{nowhere}", "--samples", "1"],
+    "exclude keys": ["exclude", "{data}", "--keys", "{nowhere}"],
+    "exclude block": ["exclude", "{data}", "--shard", "nowhere.vts", "--block", "0"],
+    "shuffle": ["shuffle", "{nowhere}", "--out", "{new}"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_path_is_one_line_and_exit_code_2(name, made, tmp_path, capsys):
+    places = {"nowhere": tmp_path / "nowhere", "new": tmp_path / "new", "data": made[0]}
+    assert main([argument.format(**places) for argument in WRONG[name]]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "nowhere" in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert Dataset(made[0]).manifest.generation == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["exclude", "{data}", "--samples", "4-9"], "sample 9; the dataset has 5"),
+        (["exclude", "{data}", "--samples", "x"], "expected numbers and spans"),
+        (["exclude", "{data}", "--shard", "0.vts"], "needs --block N"),
+        (["exclude", "{data}", "--shard", "0.vts", "--block", "7"], "no block 7"),
+        (["stats", "{data}", "--pack-tokens", "0"], "pack_tokens: 0"),
+        (["append", "{data}", "--from", "{data}/0.vts"], "0.vts"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(made, capsys, arguments, message):
+    assert main([argument.format(data=made[0]) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_exit_code_130(made, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vtrain.shards.measure", interrupt)
+    assert main(["stats", str(made[0])]) == 130
+
+
+def test_a_dataset_is_built_appended_to_merged_and_shuffled(dataset, tmp_path, capsys):
+    """Adopt the shards without the manifest, append one, merge with a copy of the rest; pictures stay readable."""
+    for path in dataset.glob("manifest-*"):
+        path.unlink()
+    (dataset / "1.vts").rename(tmp_path / "later.vts")
+    (dataset / f".tmp-{'a' * 32}").write_bytes(b"dead")
+    assert main(["build", str(dataset), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "adopted: 0.vts" in shown
+    assert f"removed: .tmp-{'a' * 32}" in shown
+    assert "generation 1, 2 samples in 1 shards" in shown
+    assert main(["append", str(dataset), str(tmp_path / "later.vts")]) == 0
+    assert "generation 2, 5 samples in 2 shards" in capsys.readouterr().out
+    assert (dataset / "later.vts").samefile(tmp_path / "later.vts")
+    assert main(["shuffle", str(dataset), "--out", str(tmp_path / "b"), "--seed", "3", "--samples-per-shard", "4"]) == 0
+    assert main(["merge", str(dataset), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+    assert "generation 1, 10 samples in 4 shards" in capsys.readouterr().out
+    assert main(["append", str(tmp_path / "d"), "--from", str(dataset), "--copy"]) == 0
+    keys = Dataset(tmp_path / "c").keys(np.arange(10)).tolist()
+    assert keys[:5] == [100, 101, 102, 103, 104]
+    assert sorted(keys[5:]) == keys[:5]
+    capsys.readouterr()
+    for folder in ("c", "d"):
+        assert main(["verify", str(tmp_path / folder)]) == 0
+    assert main(["inspect", str(tmp_path / "c"), "--out", str(tmp_path / "sheet.png")]) == 0
+    assert "10 pictures" in capsys.readouterr().out
+
+
+def test_build_tells_what_it_leaves_out(dataset, capsys):
+    (dataset / "2.vts").write_bytes((dataset / "0.vts").read_bytes()[:8192])
+    assert main(["build", str(dataset)]) == 1
+    assert f"problem: {dataset / '2.vts'}" in capsys.readouterr().out
+
+
+def test_samples_are_excluded_and_taken_back(dataset, tmp_path, capsys):
+    (tmp_path / "keys").write_text("0x68\n101\n")
+    for arguments, change, ranges in (
+        (["--samples", "0"], "1 samples more are excluded", [[0, 1]]),
+        (["--keys", str(tmp_path / "keys")], "2 samples more are excluded", [[0, 2], [4, 5]]),
+        (["--samples", "0-1", "--include"], "2 samples taken back", [[4, 5]]),
+        (["--shard", "0.vts", "--block", "0"], "2 samples more are excluded", [[0, 2], [4, 5]]),
+    ):
+        assert main(["exclude", str(dataset), *arguments]) == 0
+        assert change in capsys.readouterr().out
+        assert Dataset(dataset).manifest.excluded.tolist() == ranges
+    assert main(["inspect", str(dataset), "--out", str(tmp_path / "sheet.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "3 samples excluded" in shown
+    assert "2 pictures" in shown
+    assert CAPTIONS[0] not in shown
+
+
+def test_damage_is_excluded_from_verify(dataset, capsys):
+    overwrite(dataset / "1.vts", 4096, b"\xff\xff")
+    assert main(["exclude", str(dataset), "--from-verify"]) == 0
+    assert "3 samples more are excluded" in capsys.readouterr().out
+    overwrite(dataset / "0.vts", 100, b"\xff")
+    assert main(["exclude", str(dataset), "--from-verify"]) == 1
+    assert "problem: " in capsys.readouterr().out
+
+
+def test_stats_prints_draws_and_gives_json(made, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plot.png"
+    assert main(["stats", str(made[0]), "--pack-tokens", "64", "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    found = Dataset(made[0])
+    for part in (f"tokens           {found.tokens}", "target image", "fill %", f"plot: {plot}"):
+        assert part in shown
+    assert Image.open(plot).size[0] > 1000
+    assert main(["stats", str(made[0]), "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read["modalities"]["image"] == 80
+    assert len(read["forecasts"]) == 3
+
+
+def test_every_command_teaches(capsys):
+    for command in ([], ["inspect"], ["stats"], ["verify"], ["build"], ["append"], ["merge"], ["exclude"], ["shuffle"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) > 8
+
+
+def test_inspect_tells_columns_labels_and_twins(tmp_path, capsys):
+    schema = Schema(Vocabulary.of(text=40), columns={"score": "<f4"}, labels=True)
+    segments = np.zeros(1, dtype=SEGMENT)
+    with ShardWriter(tmp_path / "a.vts", schema, uuid=b"a" * 16) as writer:
+        one = np.array([0, 1])
+        writer.append_batch(
+            np.array([7, 8]), np.array([0, 2]), segments, one, keys=np.array([9], np.uint64), labels=np.array([8, 9]),
+            columns={"score": np.ones(1, dtype=np.float32)},
+        )  # fmt: skip
+    with FeatureWriter(tmp_path / "a.clip.vtf", tmp_path / "a.vts", "clip", dim=3, dtype="f2", producer="x") as twin:
+        twin.append(np.zeros((2, 3), dtype=np.float32), np.array([2]))
+    listed = {"kind": "features", "dim": 3, "dtype": "f2", "producer": "x", "files": [twin.info]}
+    manifest.publish(tmp_path, schema, [writer.info], twins={"clip": listed})
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("score:<f4", "labels           stored", "features, rows of 3 f2, for 1 of 1 shards, by 'x'"):
+        assert part in shown
+    assert main(["verify", str(tmp_path)]) == 0
+    assert main(["verify", str(tmp_path / "a.clip.vtf")]) == 0
 
 
 def test_inspect_refuses_a_broken_shard(dataset, capsys):

@@ -98,7 +98,7 @@ def extract_arguments(inputs: Path, out: Path, *overrides: str) -> list[str]:
         f"run.out={out}",
         "run.device=cpu",
         f"input.images={inputs / 'images'}",
-        f"input.captions={inputs / 'captions.jsonl'}",
+        f"input.records={inputs / 'captions.jsonl'}",
         f"tokenizer.image={inputs / 'vq'}",
         f"tokenizer.text={inputs / 'text.model'}",
         "extract.samples_per_shard=5",

@@ -21,7 +21,7 @@ def main(settings: AutoencoderSettings, dry_run: bool = False) -> None:
     plan = Plan(settings)
     if dry_run:
         print(plan.describe())
-        batch = next(plan.loader(plan.records).steps())[0]
+        batch = next(plan.loader(plan.source).steps())[0]
         print(f"batch: images {list(batch.images.shape)}, {batch.count} real, keys {batch.keys[:4].tolist()} ...")
         return
     with world(settings.run.device, settings.run.timeout_s, settings.run.deterministic) as here:

@@ -1,25 +1,24 @@
-"""Encode a folder of images and captions into token shards.
+"""Encode pictures and captions into token shards.
 
     python -m vtrain.extract --cfg quickstart/extract
     torchrun --nproc-per-node 8 -m vtrain.extract --cfg my.toml run.out=shards/train
 
-run.out becomes a dataset that needs nothing else: shards, manifest, text_tokenizer/ and image_tokenizer/. Ranks share
-the shards between them and their number does not change a byte. A job that was killed goes on when started again; a
-finished one does nothing. Images that cannot be read are left out, counted, and listed in skipped.jsonl.
+run.out becomes a dataset that needs nothing else: shards, manifest, text_tokenizer/ and image_tokenizer/. A sample is
+one picture and its captions, from any of the sources that input.kind names. Ranks share the shards between them and
+their number does not change a byte. A job that was killed goes on when started again; a finished one does nothing.
+Records that cannot be used (no picture or several, a broken one) are left out, counted, and listed in skipped.jsonl.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +26,29 @@ import torch
 from tqdm import tqdm
 
 from vtrain.config import run_command
-from vtrain.data.format import SEGMENT, Modality, Role, Schema, ShardInfo, canonical_json, shard_info
-from vtrain.data.manifest import generations, publish
-from vtrain.data.reader import Dataset, verify
+from vtrain.data.build import SKIPPED_FILE, Build
+from vtrain.data.format import SEGMENT
+from vtrain.data.reader import Dataset
 from vtrain.data.samples import cumulative
-from vtrain.data.sources.image_folder import ImageFolder, Record
-from vtrain.data.writer import ShardWriter
+from vtrain.data.schema import Modality, Role, Schema
+from vtrain.data.sources import Record, Skipped, Source, Unit, open_source
 from vtrain.dist.comm import max_over_ranks, raise_together, sum_over_ranks
 from vtrain.dist.mesh import set_threads, world
-from vtrain.files import clear_leftovers, delete, delete_folder, write_durably
 from vtrain.settings import ExtractSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
 from vtrain.visual.preprocess import center_crop_resize, load_image
 from vtrain.vocab import Vocabulary
 
-IDENTITY_FILE = "extract.json"  # what the folder is made of: a run with other settings is refused
-SKIPPED_FILE = "skipped.jsonl"
 DESCRIBED_WIDTH = 200  # letters that are shown of the first caption and of its ids
-PROGRESS_FOLDER = "progress"  # a file per finished shard, gone when the manifest is there
 RANK_TIMEOUT_S = 30 * 24 * 3600.0  # ranks wait for the slowest only once, at the end
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is encoded and how. Unit u, one shard, is the records u*samples_per_shard and following."""
+    """What is encoded and how. A unit of the source, about samples_per_shard records, becomes one shard."""
 
-    source: ImageFolder
+    source: Source
     text: TextTokenizer
     image: ImageTokenizer
     resolution: int
@@ -80,39 +75,44 @@ class Job:
     @cached_property
     def identity(self) -> dict:
         """All that decides which sample stands where and what its ids mean; no paths, so that a folder can move."""
-        with open(self.source.captions_file, "rb") as file:
-            captions = hashlib.file_digest(file, "sha256").hexdigest()
         schema = self.schema.to_json()
         keys = ("vocab", "specials", "text_tokenizer", "image_tokenizer")
         return {
             **{key: schema[key] for key in keys},
             **schema["image"],
+            **{f"input.{key}": value for key, value in self.source.fingerprint().items()},
             "samples_per_shard": self.samples_per_shard,
-            "captions_file": captions,
         }
 
-    @property
-    def units(self) -> int:
-        return -(-len(self.source) // self.samples_per_shard)
+    @cached_property
+    def units(self) -> list[Unit]:
+        return self.source.units(self.samples_per_shard)
 
-    def records(self, unit: int) -> list[Record]:
-        return self.source[unit * self.samples_per_shard : (unit + 1) * self.samples_per_shard]
-
-    def uuid(self, unit: int) -> bytes:
-        return hashlib.sha256(canonical_json([self.identity, unit])).digest()[:16]
+    def build(self, out: Path) -> Build:
+        assets = {"text_tokenizer": self.text, "image_tokenizer": self.image}
+        return Build(out, command="vtrain.extract", identity=self.identity, units=len(self.units), assets=assets)
 
     def describe(self) -> str:
         side = self.resolution // self.image.downscale
-        first = self.source[0]
-        ids = self.text.encode(first.captions[0])
         return "\n".join(
             [
-                f"input: {len(self.source)} images of {self.source.captions_file}, {self.units} shards",
+                f"input: {self.source.describe()}, {len(self.units)} shards",
                 f"tokens: {self.text.vocab_size} text + {self.image.num_codes} visual, "
                 f"{self.resolution}x{self.resolution} pixels -> {side}x{side} codes",
-                f"first: {first.image!r}, {_cut(repr(first.captions[0]))} -> {_cut(str(ids))}",
+                f"first: {self._first()}",
             ]
         )
+
+    def _first(self) -> str:
+        with closing(self.source.read(self.units[0])) as records:
+            record = next(records, None)
+        if record is None:
+            return "no record"
+        if isinstance(record, Skipped):
+            return f"{record.name!r}, skipped: {_cut(record.reason)}"
+        if not record.captions:
+            return f"{record.name!r}, no caption"
+        return f"{record.name!r}, {_cut(repr(record.captions[0]))} -> {_cut(str(self.text.encode(record.captions[0])))}"
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A record ready to be encoded: uint8[H,W,3] and the ids of its captions; or the reason why there is no picture."""
+    """A record ready to be encoded: uint8[H,W,3] and the ids of its captions; or the reason why it cannot be."""
 
-    record: Record
+    record: Record | Skipped
     pixels: np.ndarray | None
     captions: tuple[np.ndarray, ...] = ()
     reason: str = ""
@@ -138,16 +138,17 @@ class _Prepared:
 def extract(job: Job, out: Path, *, rank: int = 0, ranks: int = 1, threads: int = 4, max_skipped: int = -1) -> Report:
     """Make (or complete) the dataset `out`; every rank calls it. Rank r encodes the units r, r + ranks, ...
 
-    ValueError where the folder was made with other settings, where all images are unreadable or, with max_skipped >= 0,
-    more than that; the finished shards stay for the next try.
+    ValueError where the folder was made with other settings, where no record is usable or, with max_skipped >= 0, more
+    than that are not; the finished shards stay for the next try.
     """
-    if _rank_zero(rank, lambda: _open_folder(job, out)):
+    build = job.build(out)
+    if _rank_zero(rank, build.open):
         return _report(out)
     started = time.perf_counter()
-    done = _encode_units(job, out, rank, ranks, threads, max_skipped)
+    done = _encode_units(job, build, rank, ranks, threads, max_skipped)
     images = int(sum_over_ranks([done])[0])
     rate = images / (time.perf_counter() - started)
-    _rank_zero(rank, lambda: _finish(job, out, max_skipped))
+    _rank_zero(rank, lambda: build.finish(job.schema, max_skipped=max_skipped, records="records"))
     return _report(out, rate)
 
 
@@ -168,88 +169,45 @@ def _report(out: Path, rate: float = 0.0) -> Report:
     return Report(manifest.samples, manifest.tokens, manifest.skipped, rate)
 
 
-def _open_folder(job: Job, out: Path) -> bool:
-    """Lay the folder out, or check that it is this job's. True = there is nothing left to do."""
-    identity_file = out / IDENTITY_FILE
-    if identity_file.is_file():
-        _check_identity(identity_file, job.identity)
-    elif out.exists() and (not out.is_dir() or generations(out) or any(out.glob("*.vts"))):
-        raise ValueError(f"{out}: not made by vtrain.extract (no {IDENTITY_FILE}); take another run.out")
-    if out.is_dir() and generations(out):
-        delete_folder(out / PROGRESS_FOLDER)
-        clear_leftovers(out)
-        return True
-    (out / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
-    job.text.save(out / "text_tokenizer")
-    job.image.save(out / "image_tokenizer")
-    write_durably(identity_file, (json.dumps(job.identity, indent=1, sort_keys=True) + "\n").encode())
-    return False
-
-
-def _check_identity(path: Path, identity: dict) -> None:
-    try:
-        found = json.loads(path.read_bytes())
-        differences = [
-            f"{key} {_shown(found.get(key))}, now {_shown(identity.get(key))}"
-            for key in sorted(found.keys() | identity.keys())
-            if found.get(key) != identity.get(key)
-        ]
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not what vtrain.extract writes: {error}") from None
-    if differences:
-        raise ValueError(f"{path}: the dataset was begun with other settings: {'; '.join(differences)}")
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= DESCRIBED_WIDTH else f"{text[:DESCRIBED_WIDTH]}.."
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return f"{text[:17]}.." if isinstance(value, str) and len(text) > 40 else text
-
-
-def _encode_units(job: Job, out: Path, rank: int, ranks: int, threads: int, max_skipped: int) -> int:
+def _encode_units(job: Job, build: Build, rank: int, ranks: int, threads: int, max_skipped: int) -> int:
     """Encode the unfinished units of this rank; the number of images that were read. Stops once too many were not."""
-    kept = {unit: _finished(job, out, unit) for unit in range(rank, job.units, ranks)}
+    kept = {unit: _finished(job, build, unit) for unit in build.share(rank, ranks)}
     units = [unit for unit, result in kept.items() if result is None]
     skipped = sum(len(result["skipped"]) for result in kept.values() if result)
-    records = (record for unit in units for record in job.records(unit))
-    total = sum(len(job.records(unit)) for unit in units)
+    records = (record for unit in units for record in chain(job.source.read(job.units[unit]), (None,)))
     done = 0
     with (
         closing(_ahead(lambda record: _prepare(job, record), records, threads, ahead=4 * job.batch_size)) as prepared,
-        tqdm(total=total, unit="image", desc="extracting", disable=rank != 0) as bar,
+        tqdm(total=_total(job, units), unit="image", desc="extracting", disable=rank != 0) as bar,
     ):
         for unit in units:
-            samples = islice(prepared, len(job.records(unit)))
-            result = _encode_unit(job, out, unit, samples, bar.update)
-            write_durably(_progress_file(out, unit), canonical_json(result))
-            done += result["shard"]["samples"]
-            skipped += len(result["skipped"])
+            shard, left_out = _encode_unit(job, build, unit, iter(prepared.__next__, None), bar.update)
+            done += shard
+            skipped += left_out
             if 0 <= max_skipped < skipped:
                 break
     return done
 
 
-def _progress_file(out: Path, unit: int) -> Path:
-    return out / PROGRESS_FOLDER / f"unit-{unit:05d}.json"
-
-
-def _finished(job: Job, out: Path, unit: int) -> dict | None:
-    """What an earlier run noted of a unit; None if the unit has to be done (again).
-
-    Every byte of the shard is checked; a unit of which a skipped image can be read by now is done again.
-    """
-    try:
-        result = json.loads(_progress_file(out, unit).read_bytes())
-        path = out / result["shard"]["file"]
-        whole = not verify(path) and asdict(shard_info(path)) == result["shard"]
-    except (OSError, ValueError, KeyError, TypeError):
+def _total(job: Job, units: list[int]) -> int | None:
+    """Records of these units, where units count records."""
+    if job.source.total() is None:
         return None
-    lines = {entry["line"] for entry in result["skipped"]}
-    retry = (record for record in job.records(unit) if record.line in lines)
-    return result if whole and all(_prepare(job, record).pixels is None for record in retry) else None
+    return sum(job.units[unit].last - job.units[unit].first for unit in units)
+
+
+def _finished(job: Job, build: Build, unit: int) -> dict | None:
+    """What an earlier run noted of a unit; None if it is to be done (again), as when a skipped record is usable now."""
+    result = build.finished(unit)
+    if result is None or not result["skipped"]:
+        return result
+    names = {entry["name"] for entry in result["skipped"]}
+    again = (_prepare(job, record) for record in job.source.read(job.units[unit]) if record.name in names)
+    return result if all(prepared.pixels is None for prepared in again) else None
 
 
 def _ahead(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
@@ -268,31 +226,34 @@ def _ahead(function: Callable, items: Iterable, threads: int, ahead: int) -> Ite
                 future.cancel()
 
 
-def _prepare(job: Job, record: Record) -> _Prepared:
+def _prepare(job: Job, record: Record | Skipped | None) -> _Prepared | None:
+    """None stands for the end of a unit."""
+    if record is None:
+        return None
+    if isinstance(record, Skipped):
+        return _Prepared(record, None, reason=record.reason)
     try:
-        pixels = center_crop_resize(load_image(record.path), job.resolution, job.filter)
+        source = record.only_image()
+        image = load_image(source, name=record.name if isinstance(source, bytes) else "")
+        pixels = center_crop_resize(image, job.resolution, job.filter)
     except (ValueError, OSError) as error:
-        return _Prepared(record, None, reason=str(error).removeprefix(f"{record.path}: "))
+        return _Prepared(record, None, reason=str(error).removeprefix(f"{record.name}: "))
     return _Prepared(record, pixels, tuple(np.array(job.text.encode(c), dtype=np.int64) for c in record.captions))
 
 
 def _encode_unit(
-    job: Job, out: Path, unit: int, prepared: Iterator[_Prepared], progress: Callable[[int], object]
-) -> dict:
-    """Write one shard; {"shard": its ShardInfo, "skipped": [...]}, ready for JSON."""
-    skipped: list[dict] = []
-    with ShardWriter(out / f"shard-{unit:05d}.vts", job.schema, uuid=job.uuid(unit)) as writer:
+    job: Job, build: Build, unit: int, prepared: Iterator[_Prepared], progress: Callable[[int], object]
+) -> tuple[int, int]:
+    """Write one shard; the numbers of its samples and of the records that were left out."""
+    with build.make(unit, job.schema) as made:
+        writer, skipped = made.shard, made.skipped
         while window := list(islice(prepared, job.batch_size)):
             batch = [p for p in window if p.pixels is not None]
-            skipped += [_skip_entry(p) for p in window if p.pixels is None]
+            skipped += [{"name": p.record.name, "reason": p.reason} for p in window if p.pixels is None]
             if batch:
                 writer.append_batch(*_samples(job, batch), keys=np.array([p.record.key for p in batch], np.uint64))
             progress(len(window))
-    return {"shard": asdict(writer.info), "skipped": skipped}
-
-
-def _skip_entry(p: _Prepared) -> dict:
-    return {"key": f"{p.record.key:#018x}", "image": p.record.image, "line": p.record.line, "reason": p.reason}
+    return writer.info.samples, len(skipped)
 
 
 def _samples(job: Job, batch: list[_Prepared]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -322,34 +283,13 @@ def _encode_pixels(image: ImageTokenizer, pixels: np.ndarray) -> np.ndarray:
     return image.encode(on_device.permute(0, 3, 1, 2).float() / 127.5 - 1.0).cpu().numpy()
 
 
-def _finish(job: Job, out: Path, max_skipped: int) -> bool:
-    """List what was skipped and publish the manifest; ValueError where too much was. Always False."""
-    files = [_progress_file(out, unit) for unit in range(job.units)]
-    results = [json.loads(file.read_bytes()) for file in files if file.exists()]
-    skipped = [entry for result in results for entry in result["skipped"]]
-    listing = out / SKIPPED_FILE
-    if skipped:
-        write_durably(listing, "".join(json.dumps(entry) + "\n" for entry in skipped).encode())
-    else:
-        delete(listing)
-    infos = [ShardInfo(**result["shard"]) for result in results]
-    total = sum(info.samples for info in infos) + len(skipped)
-    if len(skipped) == total or 0 <= max_skipped < len(skipped):
-        allowed = "at least one readable one" if max_skipped < 0 else f"at most {max_skipped} (input.max_skipped)"
-        raise ValueError(f"{listing}: {len(skipped)} of {total} images cannot be read; expected {allowed}")
-    publish(out, job.schema, infos, skipped=len(skipped))
-    delete_folder(out / PROGRESS_FOLDER)
-    clear_leftovers(out)
-    return False
-
-
 def main(settings: ExtractSettings, dry_run: bool = False) -> None:
     set_threads(settings.run.threads)
     given, cut = settings.input, settings.extract
     with world(settings.run.device, timeout_s=RANK_TIMEOUT_S) as here:
         image = load_image_tokenizer(settings.tokenizer.image, here.device)
         job = Job(
-            source=ImageFolder(given.images, given.captions),
+            source=open_source(**given.options()),
             text=load_text_tokenizer(settings.tokenizer.text, settings.tokenizer.specials),
             image=image,
             resolution=given.resolution or image.config.resolution,
@@ -372,7 +312,7 @@ def main(settings: ExtractSettings, dry_run: bool = False) -> None:
 def _closing_words(out: Path, report: Report) -> str:
     what = f"{out}: {report.samples} samples, {report.tokens} tokens"
     if report.skipped:
-        what += f", {report.skipped} images skipped (see {out / SKIPPED_FILE})"
+        what += f", {report.skipped} records skipped (see {out / SKIPPED_FILE})"
     return (
         f"{what}, {report.images_per_second:.1f} images/s" if report.images_per_second else f"{what}: complete already"
     )

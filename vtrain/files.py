@@ -19,6 +19,8 @@ from vtrain.failpoints import point
 if TYPE_CHECKING:
     import torch
 
+_COPY_CHUNK = 16 << 20
+
 
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     """Give `path` its bytes in one step (temporary file beside it, rename); a power cut may still lose them."""
@@ -147,6 +149,27 @@ def fresh_folder(folder: str | os.PathLike) -> None:
     """An empty folder in the place of what was there."""
     delete_folder(folder)
     Path(folder).mkdir(parents=True)
+
+
+def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Give a file a second name on the same file system."""
+    point("link", target)
+    os.link(source, target)
+
+
+def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copy a file of any size, durably; the copy has its name when it is whole."""
+    target = Path(target)
+    temporary = _temporary(target)
+    try:
+        with naming(target), open(source, "rb") as origin, open(temporary, "wb") as file:
+            point("write", target)
+            shutil.copyfileobj(origin, file, _COPY_CHUNK)
+            sync(file, target)
+        replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def copy_folder(source: str | os.PathLike, target: str | os.PathLike) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vtrain.config import REQUIRED, ConfigError, key
 
+COMPOSERS = ("text_to_image", "language_model", "chat")
 SPECIALS = ("<|t2i|>", "<|soi|>", "<|eoi|>", "<|pad|>")
 
 
@@ -71,6 +72,12 @@ class Source:
     weight: float = key(1.0, "share of the training tokens, relative to the other sources", above=0)
     name: str = key("", "name in logs; empty = the name of the folder")
     max_epochs: int = key(0, "stop drawing from it after so many passes; 0 = no limit", min=0)
+    weight_schedule: tuple[tuple[float, float], ...] = key(
+        (),
+        "[[tokens, weight], ...]: weight over the tokens drawn of all sources, linear between; empty = constant",
+        min=0,
+    )
+    composer: str = key("", "composer of this source; empty = data.composer", choices=("", *COMPOSERS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +87,25 @@ class Data:
     sources: tuple[Source, ...] = key(REQUIRED, "the datasets")
     composer: str = key(
         "text_to_image",
-        "the sequence made of a sample: caption then codes, or its tokens as they are stored",
-        choices=("text_to_image", "language_model"),
+        "the sequence made of a sample: caption then codes, its tokens as they are stored, or the turns of a chat",
+        choices=COMPOSERS,
     )
     pack_tokens: int = key(4096, "tokens of a packed batch, the unit of memory", min=2)
     max_documents: int = key(0, "samples in a packed batch; 0 = pack_tokens // 16 + 2", min=0)
     drop_caption: float = key(0.1, "chance that a sample loses its caption (for guidance)", min=0, max=1)
     text_weight: float = key(1.0, "loss weight of caption tokens; 0 = only codes are learned", min=0)
     max_caption_tokens: int = key(0, "captions are cut to so many tokens; 0 = never", min=0)
-    overlong: str = key("error", "a sample longer than pack_tokens", choices=("error", "drop", "crop"))
+    train_on: str = key("assistant", "turns of a chat that are learned", choices=("assistant", "all"))
+    overlong: str = key("error", "a sample longer than pack_tokens", choices=("error", "drop", "split", "crop"))
+    pool: int = key(512, "samples that the packer can choose from", min=1)
+    order: str = key("global", "samples of an epoch in any order, or block by block", choices=("global", "blocks"))
+    block: int = key(4096, "samples of a block", min=1)
+    open_blocks: int = key(64, "blocks that are read at a time", min=1)
+    strict: bool = key(
+        True, "a resumed run must have the same datasets and settings; false = also grown or changed ones"
+    )
     prefetch: int = key(2, "steps prepared ahead", min=0)
+    readahead: int = key(0, "steps planned ahead whose samples are fetched from disk", min=0)
 
     def __post_init__(self) -> None:
         _check_names(self.sources)
@@ -101,6 +117,7 @@ class EvalSource:
 
     path: str = key(REQUIRED, "the dataset's folder")
     name: str = key("", "name in logs; empty = the name of the folder")
+    composer: str = key("", "composer of this source; empty = data.composer", choices=("", *COMPOSERS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,26 +253,52 @@ def _check_warmup(warmup: int, steps: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
-    """A folder of images with a JSONL of {"image": path, "caption": str or list of str}, and how they are prepared."""
+class Fields:
+    """What the fields of a record are called, where they are not called as the kind has it."""
 
-    images: str = key(REQUIRED, "the folder that image paths are relative to")
-    captions: str = key(REQUIRED, "the JSONL file")
+    image: str = key("", "of the picture: a key, a column, in a tar the ending of its file; empty = the kind's own")
+    caption: tuple[str, ...] = key((), "of captions: keys or columns, of llava human or gpt; empty = the kind's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """Pictures with captions: a JSONL of {"image": path, "caption": str or list of str}, or what other tools write."""
+
+    kind: str = key(
+        "image_folder",
+        "a folder with or without JSONL, LLaVA's JSON, Parquet or Arrow tables, VGT's JSON, or tars",
+        choices=("image_folder", "llava", "parquet", "vgt", "webdataset"),
+    )
+    records: str = key("", "the JSONL, JSON, tars or tables; of an image folder, empty = all images in it")
+    images: str = key("", "the folder that image paths are relative to; empty = the folder of records")
+    annotations: str = key("", "the folder that annotation paths are relative to (vgt); empty = images")
+    fields: Fields
+
+    def options(self) -> dict:
+        """What vtrain.data.sources.open_source takes."""
+        names = {name: getattr(self, name) for name in ("kind", "records", "images", "annotations")}
+        return {**names, "image": self.fields.image, "captions": self.fields.caption}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Records):
+    """Pictures with captions, and how they are prepared."""
+
     filter: str = key("bicubic", "how small images are enlarged", choices=("nearest", "bicubic", "lanczos"))
     threads: int = key(4, "threads that read and resize", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutImages:
-    """Validation of an image tokenizer on held-out images."""
+    """Validation of an image tokenizer on held-out images, of the same kind as those of input."""
 
-    images: str = key("", "the folder that image paths are relative to")
-    captions: str = key("", "the JSONL file")
+    records: str = key("", "the JSONL or JSON; of an image folder, empty = all images in it")
+    images: str = key("", "the folder that image paths are relative to; empty = the folder of records")
     every: int = key(0, "steps between evaluations, and one at the end; 0 = never", min=0)
 
     def __post_init__(self) -> None:
-        if self.every and not (self.images and self.captions):
-            raise ConfigError(f"every is {self.every}; expected images and captions to evaluate on")
+        if self.every and not (self.images or self.records):
+            raise ConfigError(f"every is {self.every}; expected records or images to evaluate on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,10 +368,10 @@ class AutoencoderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractInput(Images):
-    """A folder of images with a JSONL of {"image": path, "caption": str or list of str}, and how they are prepared."""
+    """Pictures with captions, and how they are prepared."""
 
     resolution: int = key(0, "side of the images in pixels; 0 = the image tokenizer's", min=0)
-    max_skipped: int = key(-1, "unreadable images that are put up with; -1 = any number but all", min=-1)
+    max_skipped: int = key(-1, "unusable records that are put up with; -1 = any number but all", min=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,14 +439,6 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captions:
-    """The captions to learn from, of the same JSONL that the image commands read."""
-
-    images: str = key(REQUIRED, "the folder that image paths are relative to")
-    captions: str = key(REQUIRED, "the JSONL file")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
     """The tokenizer to train."""
 
@@ -415,7 +450,7 @@ class TextTokenizerSettings:
     """python -m vtrain.text_tokenizer"""
 
     run: Output
-    input: Captions
+    input: Records
     tokenizer: TextTokenizer
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_dataset import SCHEMA, SPECIALS, VOCAB, MemoryDataset, StoredSample, pictures, texts
+from memory_dataset import SCHEMA, SPECIALS, VOCAB, MemoryDataset, StoredSample, documents, pictures, texts
 
 from vtrain.batch import PackedBatch
-from vtrain.data.compose import LanguageModel, TextToImage, make_composer
+from vtrain.data.compose import Chat, LanguageModel, TextToImage, make_composer
 from vtrain.data.format import Modality, Role
 from vtrain.data.samples import pack_runs
 from vtrain.rng import fold, uniform
@@ -50,16 +50,16 @@ def test_text_to_image_equals_the_slow_composer(captions, codes, drop, weight, l
     dataset = pictures(captions, codes)
     composer = TextToImage(seed=4, drop_caption=drop, text_weight=weight, max_caption_tokens=limit)
     indices = np.array([order.randrange(len(captions)) for _ in range(order.randrange(20))], dtype=np.int64)
-    documents = composer.compose(dataset, indices, epoch)
+    made = documents(composer, dataset, indices, epoch)
     lengths = composer.lengths(dataset, indices, epoch)
     assert lengths.dtype == np.int32
-    assert lengths.tolist() == [len(d) for d in documents]
-    for index, document in zip(indices, documents):
+    assert lengths.tolist() == [len(d) for d in made]
+    assert lengths.tolist() == composer.compose(dataset, indices, epoch).lengths().tolist()
+    for index, document in zip(indices, made):
         ids, loss = slow_text_to_image(composer, dataset.samples[index], epoch)
         assert document.ids.tolist() == ids
-        assert document.ids.dtype == np.int32
         assert document.key == dataset.samples[index].key
-        assert loss == (document.loss.tolist() if document.loss is not None else [1.0] * len(ids))
+        assert document.loss.tolist() == loss
 
 
 def test_other_segments_are_left_out():
@@ -75,7 +75,7 @@ def test_other_segments_are_left_out():
             (2, Modality.IMAGE, Role.TARGET),
         ],
     )
-    [document] = TextToImage(drop_caption=0).compose(MemoryDataset([sample]), np.array([0]), 0)
+    [document] = documents(TextToImage(drop_caption=0), MemoryDataset([sample]), [0], 0)
     assert document.ids.tolist() == [T2I, 2, 3, SOI, base + 2, base + 3]
 
 
@@ -106,7 +106,7 @@ def test_text_weight_decides_what_is_scored():
     }
     for weight, counts in expected.items():
         composer = TextToImage(drop_caption=0, text_weight=weight)
-        batch = PackedBatch.build(composer.compose(dataset, np.array([0]), 0), VOCAB)
+        batch = PackedBatch.build(documents(composer, dataset, [0], 0), VOCAB)
         assert batch.counts == counts
         assert composer.weighted(SCHEMA) == (batch.weights is not None) == (weight == 0.5)
 
@@ -136,14 +136,66 @@ def test_language_model_keeps_ids_and_follows_the_runs():
     dataset = MemoryDataset(samples, schema=schema)
     composer = LanguageModel()
     indices = np.array([2, 0, 1, 0])
-    documents = composer.compose(dataset, indices, 0)
-    assert [d.ids.tolist() for d in documents] == [samples[i].ids for i in indices]
-    assert [d.key for d in documents] == [3, 1, 2, 1]
+    made = documents(composer, dataset, indices, 0)
+    assert [d.ids.tolist() for d in made] == [samples[i].ids for i in indices]
     assert composer.lengths(dataset, indices, 0).tolist() == [0, 5, 2, 5]
-    assert documents[1].loss.tolist() == [0, 0, 1, 0.25, 0.25]
-    assert documents[2].loss is None
+    assert made[1].loss.tolist() == [0, 0, 1, 0.25, 0.25]
+    assert made[2].loss.tolist() == [1, 1]
     assert composer.weighted(schema)
     assert not composer.weighted(SCHEMA)
+
+
+def chats(turns: list[list[tuple]], schema=SCHEMA, name: str = "chats") -> MemoryDataset:
+    """Samples of (role, tokens, picture rows): a turn of text, before it a feature segment unless rows is None."""
+    samples, value = [], 0
+    for i, sample in enumerate(turns):
+        ids, segments, features = [], [], []
+        for role, tokens, rows in sample:
+            if rows is not None:
+                segments.append((0, Modality.FEATURE, Role.INPUT))
+                features.append(np.arange(value, value + 3 * rows, dtype=np.float32).reshape(rows, 3))
+                value += 3 * rows
+            segments.append((tokens, Modality.TEXT, role))
+            features.append(np.zeros((0, 3), np.float32))
+            ids += [(value + t) % 190 for t in range(tokens)]
+            value += tokens
+        samples.append(StoredSample(ids, 100 + i, segments, labels=[(t + 1) % 190 for t in ids]))
+        if any(rows is not None for _, _, rows in sample):
+            samples[-1].features = {"clip": features}
+    return MemoryDataset(samples, name, schema)
+
+
+USER, ASSISTANT = Role.USER, Role.ASSISTANT
+
+
+def test_chat_by_hand():
+    dataset = chats([[(USER, 2, 3), (ASSISTANT, 3, None), (USER, 1, 2), (ASSISTANT, 1, None)], [(USER, 2, None)], []])
+    first, second, _ = dataset.samples
+    composer = Chat(features="clip")
+    rows = np.concatenate(first.features["clip"])
+    one, two, three = documents(composer, dataset, [0, 1, 2], 0)
+    assert one.ids.tolist() == [-1, -1, -1, *first.ids[:5], -1, -1, *first.ids[5:]]
+    assert one.loss.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
+    assert [(at, part.tolist()) for at, part in one.slots["clip"]] == [(0, rows[:3].tolist()), (8, rows[3:].tolist())]
+    assert (two.ids.tolist(), two.loss.tolist(), two.slots) == (second.ids, [0, 0], {})
+    assert len(three) == 0
+    assert composer.lengths(dataset, np.arange(3), 0).tolist() == [12, 2, 0]
+    assert composer.extents(dataset, np.arange(3), 0).tolist() == [[5, 2], [0, 0], [0, 0]]
+    assert {*documents(Chat(features="clip", train_on="all"), dataset, [0], 0)[0].loss} == {1.0}
+    assert not composer.weighted(SCHEMA)
+
+
+def test_chat_of_what_it_cannot_use():
+    dataset = chats([[(USER, 2, 3)]])
+    with pytest.raises(ValueError, match="chats: sample 0x64 has feature segments; chat expects the name of the twin"):
+        Chat().compose(dataset, np.array([0]), 0)
+    dataset.samples[0].features["clip"].reverse()  # the rows stand at the text
+    with pytest.raises(ValueError, match="sample 0x64 has rows of clip at a segment with tokens"):
+        Chat(features="clip").compose(dataset, np.array([0]), 0)
+    with pytest.raises(ValueError, match="sample 0x9 has no segments"):
+        Chat().compose(MemoryDataset([StoredSample([], 8), StoredSample([1], 9)]), np.array([0, 1]), 0)
+    with pytest.raises(ValueError, match="train_on is 'user'; expected assistant or all"):
+        Chat(train_on="user")
 
 
 def test_composers_by_name():

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from shard_model import VOCAB, Sample, overwrite, rewrite_footer, some_samples, write_shard
+from shard_model import VOCAB, Sample, dressed, overwrite, rewrite_footer, some_samples, write_shard
 
 from vtrain._host import crc32c
 from vtrain.data import format
-from vtrain.data.format import LENGTH_EDGES, PAGE, Modality, Schema, Section, ShardError
-from vtrain.data.reader import Shard, verify
+from vtrain.data.container import ContainerWriter
+from vtrain.data.format import LENGTH_EDGES, PAGE, SEGMENT, Modality, Schema, ShardError
+from vtrain.data.reader import Shard
+from vtrain.data.verify import verify
 from vtrain.vocab import Vocabulary
 
 SCHEMA = Schema(VOCAB, {"<|pad|>": 39}, text_tokenizer="ab" * 32, image={"resolution": 8})
+FULL = replace(SCHEMA, columns={"class": "<u2", "quality": "<f4"}, labels=True)
 
 
 @pytest.fixture
@@ -25,22 +30,43 @@ def shard(tmp_path):
     return tmp_path / "a.vts"
 
 
-def test_the_bytes_of_the_format_are_pinned(tmp_path):
-    """A change of this hash is a change of the format: it needs a new version, or a section of its own."""
+def _pinned(path, schema, **options) -> str:
     picture = [(0, Modality.TEXT, 0, 1, 0, 0, 0, 0, 0), (2, Modality.IMAGE, 2, 0, 0, 1, 1, 3, 4)]
     found = [Sample(7, [1, 39, 40, 41, 63], picture, [(2, 0), (3, 1)]), Sample(2**64 - 1, []), Sample(9, [5, 60])]
-    write_shard(tmp_path / "a.vts", SCHEMA, found)
-    expected = "7ee3e141e438b2e9a9e5ead3cffc6c9a8e80d4cdab034ab73efb67f66d81edd5"
-    assert hashlib.sha256((tmp_path / "a.vts").read_bytes()).hexdigest() == expected
+    write_shard(path, schema, dressed(found, schema), **options)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_bytes_of_the_format_are_pinned(tmp_path, monkeypatch):
+    """A change of a hash is a change of the format: it needs a new version, or a section of its own."""
+    assert _pinned(tmp_path / "a.vts", FULL, id_store="u16+1") == (
+        "0a634b833f48073ef90c8f6a1682a8291bf228e0118da142429196243e4e977a"
+    )
+    assert _pinned(tmp_path / "a.vts", SCHEMA) == "5678d504c45fd2651d25d5765f7a7a4ff5d56f38fda3918e1093b264c0428712"
+    # What the versions before labels, columns and planes wrote was the same but for the number of the version.
+    monkeypatch.setattr(format, "MINOR", 0)
+    assert _pinned(tmp_path / "a.vts", SCHEMA) == "7ee3e141e438b2e9a9e5ead3cffc6c9a8e80d4cdab034ab73efb67f66d81edd5"
+
+
+def test_a_shard_of_the_minor_version_before_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "MINOR", 0)
+    path = tmp_path / "a.vts"
+    write_shard(path, SCHEMA, some_samples(12))
+    monkeypatch.undo()
+    assert path.read_bytes()[10] == 0
+    ids, cu = Shard(path).read(np.arange(12))
+    assert [ids[a:b].tolist() for a, b in pairwise(cu)] == [s.ids for s in some_samples(12)]
+    assert verify(path) == []
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(1, "u1"), (255, "u1"), (256, "u1"), (257, "<u2"), (65536, "<u2"), (65537, "<u4"), (2**31, "<u4")],
-)
-def test_the_smallest_dtype_that_holds_the_ids_is_chosen(size, dtype):
-    assert format.id_dtype_for(size) == np.dtype(dtype)
-    assert np.iinfo(dtype).max >= size - 1
+    ("size", "store"),
+    [(1, "u8"), (256, "u8"), (257, "u16"), (2**16, "u16"), (2**16 + 1, "u16+1"), (2**17, "u16+1"), (2**17 + 1, "u16+2"),
+     (2**18, "u16+2"), (2**18 + 1, "u32"), (2**31 - 1, "u32")],
+)  # fmt: skip
+def test_the_smallest_store_that_holds_the_ids_is_chosen(size, store):
+    assert format.store_for(size) == format.STORES[store]
+    assert format.STORES[store].capacity >= size
 
 
 def test_length_bins_are_two_per_octave():
@@ -88,11 +114,27 @@ def test_headers_of_other_formats_are_refused(at, value, message):
 def test_a_higher_minor_version_is_read():
     page = bytearray(format.pack_header(b"u" * 16))
     page[10] = 7
-    assert format.unpack_header(_reseal(page), "x") == (b"u" * 16, 1 << 20)
+    assert format.unpack_header(_reseal(page), "x") == (b"u" * 16, 1 << 20, format.Kind.SHARD)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(1, "features"), (2, "blobs"), (3, "3")])
+def test_a_file_of_another_kind_is_refused(shard, kind, name):
+    content = bytearray(shard.read_bytes())
+    content[40] = kind
+    shard.write_bytes(_reseal(content[:PAGE]) + content[PAGE:])
+    with pytest.raises(ShardError, match=f"a file of kind {name}; expected shard"):
+        Shard(shard)
 
 
 def _changed(id: str, **changes):
     return lambda footer: {"sections": {**footer.sections, id: replace(footer.sections[id], **changes)}}
+
+
+def _wider(id: str):
+    """The section as half as many numbers of 4 bytes."""
+    return lambda f: _changed(
+        id, dtype=format.DTYPES[3], bytes=f.sections[id].count // 2 * 4, count=f.sections[id].count // 2
+    )(f)
 
 
 def _renamed(old: str, new: str, **changes):
@@ -121,8 +163,9 @@ LIES = {
     "bytes and count differ": (_changed("SEG", count=1), "section SEG: .* bytes for 1 items"),
     "ids of 8 bytes": (_changed("TOK", dtype=format.DTYPES[4]), "section TOK: dtype code 4; expected 1 or 2 or 3"),
     "twice": (_renamed("RUN", "OFF"), "section OFF stands twice"),
-    "unknown": (_renamed("RUN", "FEA.clip"), "section FEA.clip: unknown"),
-    "runs without offsets": (_renamed("RUNO", "LBL", flags=1), "no section RUN or RUNO"),
+    "unknown": (_renamed("RUN", "XTRA"), "section XTRA: unknown"),
+    "a twin's section": (_renamed("RUN", "ROW"), "section ROW: unknown"),
+    "runs without offsets": (_renamed("RUNO", "XRUNO", flags=1), "no section RUN or RUNO"),
     "no keys": (_renamed("KEY", "XKEY", flags=1), "no section KEY"),
     "checksums not last": (_swapped, "section SCHEMA stands last, expected BCRC"),
     "more samples": (lambda f: {"samples": f.samples + 1}, "section (KEY|OFF)"),
@@ -151,29 +194,67 @@ def test_a_table_of_too_many_sections_is_refused(shard):
         format.unpack_footer(_reseal(page), "x", shard.stat().st_size)
 
 
-def test_unknown_optional_sections_are_passed_over_and_still_verified(shard):
-    """A later version's section: before BCRC, of a dtype code that this version has never heard of."""
-    data = shard.read_bytes()
-    footer, _ = format.read_pages(shard)
-    blocks = footer.sections.pop("BCRC")
-    extra = Section("COL.score", format.DTYPES[1], 1, crc32c(b"later"), blocks.offset, 5, 5)
-    footer.sections["COL.score"] = extra
-    moved = replace(blocks, offset=blocks.offset + PAGE)
-    page = b"later".ljust(PAGE, b"\0")
-    shard.write_bytes(data[: blocks.offset] + page + data[blocks.offset : -PAGE] + bytes(PAGE))
-    footer = replace(footer, file_bytes=len(data) + PAGE, sections={**footer.sections, "BCRC": moved})
-    with open(shard, "r+b") as file:
-        sealed = bytearray(format.pack_footer(footer))
-        row = 640 + 48 * list(footer.sections).index("COL.score")
-        sealed[row + 16 : row + 18] = (99).to_bytes(2, "little")
-        file.seek(-PAGE, 2)
-        file.write(_reseal(sealed))
-    expected = write_shard(shard.with_name("b.vts"), SCHEMA, some_samples(12))
-    assert len(Shard(shard)) == expected.samples
-    assert any("block 0" in problem for problem in verify(shard))  # the new page is not in the old block checksum
-    blocks_crc = crc32c(shard.read_bytes()[: moved.offset])
-    overwrite(shard, moved.offset, blocks_crc.to_bytes(4, "little"))
-    assert any("section BCRC" in problem for problem in verify(shard))
+FULL_LIES = {
+    "two planes": (_renamed("COL.class", "TOK2", dtype=format.DTYPES[1], bytes=12), "section TOK2: expected one plane"),
+    "a plane beside u32": (_wider("TOK"), "section TOK1: expected one plane, beside TOK of dtype code 2"),
+    "a plane of labels alone": (_renamed("LBL", "XTRA", flags=1), "section LBL1: expected one plane, beside LBL"),
+    "labels stored otherwise": (_renamed("LBL1", "XTRA", flags=1), "section LBL: stored as u16; expected u16.1 as TOK"),
+    "half a plane": (_changed("TOK1", bytes=1, count=1), "section TOK1: 1 items, expected"),
+    "a column of another length": (
+        _changed("COL.quality", bytes=4, count=1),
+        "section COL.quality: 1 items, expected 12",
+    ),
+    "a column of records": (_changed("COL.quality", dtype=SEGMENT), "section COL.quality: dtype code 16"),
+    "fewer labels": (_changed("LBL", bytes=2, count=1), "section LBL: 1 items, expected"),
+}
+
+
+@pytest.mark.parametrize("lie", FULL_LIES)
+def test_planes_labels_and_columns_that_lie_are_refused(tmp_path, lie):
+    path = tmp_path / "a.vts"
+    write_shard(path, FULL, dressed(some_samples(12), FULL), id_store="u16+1")
+    change, message = FULL_LIES[lie]
+    rewrite_footer(path, **change(format.read_pages(path)[0]))
+    with pytest.raises(ShardError, match=message):
+        Shard(path)
+
+
+def _write_extended(path, monkeypatch, flags: int):
+    """A shard with a section of a later version before BCRC, of a dtype code that this version has never heard of."""
+    finish = ContainerWriter.finish
+
+    def extended(self, **facts):
+        self.section("XTRA", np.frombuffer(b"later", np.uint8), flags)
+        with suppress(ShardError):
+            return finish(self, **facts)
+        return format.Footer(**facts, uuid=self.uuid, file_bytes=0, sections={})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContainerWriter, "finish", extended)
+        write_shard(path, SCHEMA, some_samples(12))
+    content = bytearray(path.read_bytes())
+    row = content.rindex(b"XTRA")
+    content[row + 16 : row + 18] = (99).to_bytes(2, "little")
+    path.write_bytes(content[:-PAGE] + _reseal(content[-PAGE:]))
+
+
+def test_unknown_optional_sections_are_passed_over_and_still_verified(tmp_path, monkeypatch):
+    path = tmp_path / "a.vts"
+    _write_extended(path, monkeypatch, flags=1)
+    assert len(Shard(path)) == 12
+    assert verify(path) == []
+    overwrite(path, format.read_pages(path)[0].sections["XTRA"].offset + 1, b"x")
+    block, section = verify(path)
+    assert "block 0" in block
+    assert "section XTRA: crc32c" in section
+
+
+def test_unknown_sections_that_are_not_optional_are_refused_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "a.vts"
+    _write_extended(path, monkeypatch, flags=0)
+    with pytest.raises(ShardError, match="section XTRA: unknown to this version of vtrain and not optional"):
+        Shard(path)
+    assert len(verify(path)) == 1
 
 
 def test_schema_survives_json_and_its_hash_names_every_difference():
@@ -190,6 +271,8 @@ def test_schema_survives_json_and_its_hash_names_every_difference():
         "image_tokenizer": "ef" * 32,
         "image": {"resolution": 16},
         "loss_weights": weights,
+        "columns": {"quality": "<f4"},
+        "labels": True,
     }
     for key, value in changes.items():
         other = replace(SCHEMA, **{key: value})
@@ -207,6 +290,12 @@ def test_schema_survives_json_and_its_hash_names_every_difference():
         ({"vocab": None}, "TypeError"),
         ({"specials": {"<|pad|>": 64}}, "special '<|pad|>' has id 64; expected 0..63".replace("|", r"\|")),
         ({"loss_weights": [1.0]}, "loss_weights: 1 numbers"),
+        ({"columns": {"Quality": "<f4"}}, "schema: column 'Quality': expected a name of 1..12 of a-z, 0-9 and _"),
+        ({"columns": {"a_name_too_long": "<f4"}}, "column 'a_name_too_long'"),
+        ({"columns": {"quality": "<f2"}}, "column 'quality' has dtype '<f2'; expected one of u1, <u2"),
+        ({"columns": {"quality": 4}}, "column 'quality' has dtype 4"),
+        ({"columns": {}}, "columns: found {}, this version knows None"),
+        ({"labels": "yes"}, "labels: found 'yes', this version knows True"),
     ],
 )
 def test_foreign_schemas_are_refused(change, message):
@@ -214,6 +303,14 @@ def test_foreign_schemas_are_refused(change, message):
         Schema.from_json({**SCHEMA.to_json(), **change})
     with pytest.raises(ValueError, match="KeyError 'vocab'"):
         Schema.from_json({})
+
+
+def test_labels_and_columns_are_left_out_of_the_hash_of_schemas_that_have_none():
+    assert {"labels", "columns"}.isdisjoint(SCHEMA.to_json())
+    assert SCHEMA.hash == replace(SCHEMA, columns={}, labels=False).hash
+    full = Schema(VOCAB, columns={"b": np.float32, "a": np.dtype("u1")}, labels=True)
+    assert full.to_json()["columns"] == {"a": "u1", "b": "<f4"}
+    assert Schema.from_json(full.to_json()) == full
 
 
 def test_segments_hold_ids_of_their_own_range():

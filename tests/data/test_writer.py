@@ -4,40 +4,59 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import signal
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_model import VOCAB, Sample, batch, samples, slow_read, some_samples, write_shard
+from shard_model import VOCAB, Sample, batch, dressed, samples, slow_read, some_samples, write_shard
 
-from vtrain._host import crc32c_blocks
+from vtrain._host import crc32c, crc32c_blocks
 from vtrain.data import format
-from vtrain.data.format import SEGMENT, Modality, Role, Schema, SegmentFlag, ShardError
-from vtrain.data.reader import verify
-from vtrain.data.samples import Samples, check_samples, pack_runs, unpack_runs
-from vtrain.data.writer import BlockChecksums, ShardWriter, length_histogram
+from vtrain.data.container import BlockChecksums, ContainerWriter
+from vtrain.data.format import (
+    COLUMN_DTYPES,
+    SEGMENT,
+    STORES,
+    Modality,
+    Role,
+    Schema,
+    SegmentFlag,
+    ShardError,
+    read_pages,
+)
+from vtrain.data.verify import verify
+from vtrain.data.writer import ShardWriter
 from vtrain.vocab import Vocabulary
 
 SCHEMA = Schema(VOCAB)
-# Vocabularies whose last id is the last of a stored dtype, or the first of the next one.
-BORDERS = {size: Vocabulary.of(text=100, visual=size - 100) for size in (255, 256, 257, 65535, 65536, 65537, 2**31 - 1)}
+# Vocabularies whose last id is the last that a store holds, or the first of the next one.
+BORDERS = (255, 256, 257, 2**16, 2**16 + 1, 2**17, 2**17 + 1, 2**18, 2**18 + 1, 2**31 - 1)
+COLUMNS = {f"c{n}": dtype for n, dtype in enumerate(COLUMN_DTYPES)}
+FULL = Schema(Vocabulary.of(text=100, visual=2**17 - 100), columns={"quality": "<f4", "class": "<u2"}, labels=True)
 
 
 @pytest.mark.parametrize("size", BORDERS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_appended_is_in_the_file(tmp_path, size, data):
-    vocab = BORDERS[size]
-    found = data.draw(samples(vocab))
+    vocab = Vocabulary.of(text=100, visual=size - 100)
+    columns = data.draw(st.sampled_from([{}, COLUMNS]))
+    schema = Schema(vocab, columns=columns, labels=data.draw(st.booleans()))
+    found = dressed(data.draw(samples(vocab)), schema)
     cuts = tuple(sorted(data.draw(st.lists(st.integers(0, len(found)), max_size=2))))
+    store = data.draw(st.sampled_from([None, *(s.name for s in STORES.values() if s.capacity >= size)]))
     path = tmp_path / "a.vts"
-    info = write_shard(path, Schema(vocab), found, cuts=cuts)
-    schema, stored = slow_read(path)
+    info = write_shard(path, schema, found, cuts=cuts, id_store=store)
+    spelling, stored = slow_read(path)
     if any(s.runs for s in found):
-        found = [Sample(s.key, s.ids, s.segments, s.runs or []) for s in found]
+        found = [replace(s, runs=s.runs or []) for s in found]
     assert stored == found
-    assert schema == Schema(vocab).to_json()
+    assert spelling == schema.to_json()
     assert (info.samples, info.tokens, info.bytes) == (
         len(found),
         sum(len(s.ids) for s in found),
@@ -47,12 +66,29 @@ def test_what_is_appended_is_in_the_file(tmp_path, size, data):
     assert os.listdir(tmp_path) == ["a.vts"]
 
 
-def test_the_bytes_do_not_depend_on_the_batches(tmp_path):
-    found = some_samples(40)
+@pytest.mark.parametrize("store", ["u8", "u16+1", "u16+2"])
+def test_the_bytes_do_not_depend_on_the_batches(tmp_path, store):
+    schema = SCHEMA if store == "u8" else FULL
+    found = dressed(some_samples(40, vocab=schema.vocab), schema)
     for name, cuts in (("a", ()), ("b", (1, 1, 7, 39)), ("c", tuple(range(1, 40)))):
-        write_shard(tmp_path / f"{name}.vts", SCHEMA, found, cuts=cuts, uuid=b"u" * 16)
+        write_shard(tmp_path / f"{name}.vts", schema, found, cuts=cuts, uuid=b"u" * 16, id_store=store)
     one, *others = [(tmp_path / f"{name}.vts").read_bytes() for name in "abc"]
     assert others == [one, one]
+
+
+@pytest.mark.parametrize(("store", "size"), [("u16+1", 2**17), ("u16+2", 2**18)])
+def test_planes_hold_the_high_bits_of_long_samples(tmp_path, store, size):
+    rng = np.random.default_rng(0)
+    schema = Schema(Vocabulary.of(text=size), labels=True)
+    found = []
+    for key, n in enumerate((1, 4001, 7, 0, 2500, 3), start=1):
+        ids, labels = (rng.integers(0, size, n).tolist() for _ in range(2))
+        found.append(Sample(key, ids, labels=labels))
+    path = tmp_path / "a.vts"
+    write_shard(path, schema, found, cuts=(1, 3, 4))
+    assert read_pages(path)[0].store.name == store
+    assert slow_read(path)[1] == found
+    assert verify(path) == []
 
 
 def test_runs_may_come_in_some_batches_only(tmp_path):
@@ -77,7 +113,7 @@ def test_offsets_may_name_a_window_of_larger_arrays(tmp_path):
 def test_ids_come_in_any_integer_type(tmp_path, dtype):
     found = [Sample(1, [0, 39, 5], [(0, 0, 0, 0, 0, 0, 0, 0, 0)]), Sample(2, [63])]
     (ids, *rest), options = batch(found, with_runs=False)
-    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16), id_dtype="u4") as writer:
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16), id_store="u32") as writer:
         writer.append_batch(ids.astype(dtype), *rest, **options)
     assert slow_read(tmp_path / "a.vts")[1] == found
 
@@ -87,25 +123,8 @@ def test_ids_come_in_any_integer_type(tmp_path, dtype):
 def test_streamed_block_checksums_equal_those_of_the_whole(pieces, block):
     stream = BlockChecksums(block)
     for piece in pieces:
-        stream.update(memoryview(piece))
+        assert stream.update(memoryview(piece)) == crc32c(piece)
     assert stream.result().tolist() == crc32c_blocks(np.frombuffer(b"".join(pieces) or b"", np.uint8), block).tolist()
-
-
-def test_length_histogram_counts_as_a_loop_does():
-    lengths = [0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 1000, 2**31 - 1]
-    slow = [0] * 64
-    for n in lengths:
-        octave = max(n, 1).bit_length() - 1
-        slow[n if n < 2 else 2 * octave + (n >> (octave - 1) & 1)] += 1
-    assert length_histogram(np.array(lengths)).tolist() == slow
-
-
-def test_run_packing_is_exact_and_bounded():
-    lengths, classes = np.array([0, 1, 2**24 - 1]), np.array([255, 0, 7])
-    back = unpack_runs(pack_runs(lengths, classes))
-    assert [b.tolist() for b in back] == [lengths.tolist(), classes.tolist()]
-    with pytest.raises(ValueError, match=r"16777216 tokens"):
-        pack_runs([2**24], [0])
 
 
 def _segment(start, modality=Modality.TEXT, role=Role.INPUT, flags=0, grid=(0, 0, 0)):
@@ -137,6 +156,7 @@ REFUSED = {
     "overflowing grid": (Sample(5, [], [_segment(0, IMAGE, grid=(65535, 65535, 65535))]), "expected t"),
     "short runs": (Sample(5, [1, 2, 3], [], [(1, 0), (1, 1)]), "RUN: loss runs of 2 tokens; expected 3 or none"),
     "long runs": (Sample(5, [1], [], [(1, 0), (1, 1)]), "RUN: loss runs of 2 tokens; expected 1 or none"),
+    "id among many": (Sample(5, [7] * 50 + [40] + [7] * 50, [_segment(0)]), "token 50 is id 40; .* text segments"),
 }
 
 
@@ -169,15 +189,6 @@ def test_merged_pictures_need_no_full_grid_and_may_hold_visual_bpe_ids(tmp_path)
         write_shard(tmp_path / "b.vts", Schema(Vocabulary.of(text=10)), [Sample(1, [2], [_segment(0, IMAGE)])])
 
 
-def test_samples_and_shards_have_a_largest_size():
-    """2**31 tokens as a view that takes no memory."""
-    ids = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2**31,), (0,))
-    none = np.zeros(0, SEGMENT)
-    huge = Samples(ids, np.array([0, 2**31]), none, np.array([0, 0]), np.array([3], dtype=np.uint64))
-    with pytest.raises(ShardError, match=r"sample 0x3: OFF: 2147483648 tokens; expected at most 2147483647"):
-        check_samples(SCHEMA, huge, "a.vts")
-
-
 FIVE = {
     "TOK": [Sample(1, [1] * 5)],
     "KEY": [Sample(key, []) for key in range(1, 6)],
@@ -194,7 +205,7 @@ def test_a_shard_refuses_more_rows_than_its_offsets_can_count(tmp_path, monkeypa
         writer.append_batch(*arguments, **options)
         with pytest.raises(ShardError, match=f"{section}: 10 items; a shard holds at most 9"):
             writer.append_batch(*arguments, **options)
-    assert slow_read(tmp_path / "a.vts")[1] == [Sample(s.key, s.ids, s.segments, s.runs or []) for s in FIVE[section]]
+    assert slow_read(tmp_path / "a.vts")[1] == [replace(s, runs=s.runs or []) for s in FIVE[section]]
 
 
 @pytest.mark.parametrize(
@@ -217,10 +228,55 @@ def test_arrays_that_do_not_fit_together_are_refused(tmp_path, change, message):
         writer.append_batch(**{**good, "keys": [1, 2, 3], **change})
 
 
+def _full_batch(**changes) -> dict:
+    good = {"ids": [1, 2, 3], "offsets": [0, 1, 2, 3], "segments": np.zeros(0, SEGMENT), "segment_offsets": [0] * 4}
+    columns = {"quality": [0.5, 1, 2], "class": [0, 1, 65535]}
+    return {**good, "keys": [1, 2, 3], "labels": [0, 2**17 - 1, 5], "columns": columns, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "labels missing; the schema says labels=True"),
+        ({"labels": [1, 2]}, "labels: 2 for 3 ids"),
+        ({"labels": [1.0, 2.0, 3.0]}, "labels are float64, expected integers"),
+        ({"labels": [1, 2, 2**17]}, r"sample 0x3: LBL: token 0 has label 131072; expected one of .*: 0..131071"),
+        ({"labels": [1, -100, 3]}, r"sample 0x2: LBL: token 0 has label -100"),
+        ({"columns": None}, "columns: found none; the schema has class, quality"),
+        ({"columns": {"quality": [1, 2, 3]}}, "columns: found quality; the schema has class, quality"),
+        ({"columns": {"quality": [1, 2], "class": [1, 2, 3]}}, r"column quality: int64 of shape \(2,\); .* numbers"),
+        ({"columns": {"quality": [1, 2, 3], "class": [1, 2, 0.5]}}, "column class: float64 .*; expected integers"),
+        ({"columns": {"quality": [1, 2, 3], "class": [1, 2, 65536]}}, r"column class: values 1..65536; .* of uint16"),
+        ({"columns": {"quality": [1, 2, 3], "class": [-1, 2, 3]}}, "column class: values -1..3"),
+        ({"columns": {"quality": ["a", "b", "c"], "class": [1, 2, 3]}}, "column quality: <U1"),
+    ],
+)
+def test_labels_and_columns_that_do_not_fit_the_schema_are_refused(tmp_path, change, message):
+    path = tmp_path / "a.vts"
+    with ShardWriter(path, FULL, uuid=bytes(16)) as writer:
+        writer.append_batch(**_full_batch())
+        with pytest.raises(ValueError, match=message):
+            writer.append_batch(**_full_batch(**change))
+    stored = slow_read(path)[1]
+    assert [s.labels for s in stored] == [[0], [2**17 - 1], [5]]
+    assert [s.columns for s in stored] == [
+        {"class": c, "quality": q} for c, q in zip((0, 1, 65535), (0.5, 1.0, 2.0), strict=True)
+    ]
+
+
+def test_labels_and_columns_of_schemas_without_are_refused(tmp_path):
+    none = {"labels": None, "columns": None}
+    with ShardWriter(tmp_path / "a.vts", SCHEMA, uuid=bytes(16)) as writer:
+        with pytest.raises(ValueError, match="labels given; the schema says labels=False"):
+            writer.append_batch(**_full_batch(**{**none, "labels": [1, 2, 3]}))
+        with pytest.raises(ValueError, match="columns: found class, quality; the schema has none"):
+            writer.append_batch(**_full_batch(labels=None))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"uuid": b"short"}, "16 bytes, found 5"), ({"uuid": bytes(16), "id_dtype": "u1"}, "id dtype uint8 does not hold"),
-     ({"uuid": bytes(16), "id_dtype": "i4"}, "id dtype int32")],
+    [({"uuid": b"short"}, "16 bytes, found 5"), ({"uuid": bytes(16), "id_store": "u8"}, "id store u8 does not hold"),
+     ({"uuid": bytes(16), "id_store": "i4"}, r"id store 'i4'; expected one of u8, u16, u16\+1, u16\+2, u32")],
 )  # fmt: skip
 def test_bad_options_are_refused_before_a_file_exists(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -272,7 +328,7 @@ def _killed_after(path, found, writes: int) -> bool:
             return wrapped
 
         try:
-            ShardWriter._write = counted(ShardWriter._write)
+            ContainerWriter._write = counted(ContainerWriter._write)
             os.replace = counted(os.replace)
             os.fdatasync = counted(os.fdatasync)
             write_shard(path, SCHEMA, found, cuts=(5,))
@@ -295,3 +351,37 @@ def test_a_writer_killed_at_any_point_leaves_the_old_shard_and_a_new_one_replace
     assert 15 < writes < 40
     assert slow_read(path)[1] == new
     assert os.listdir(tmp_path) == ["a.vts"]  # the one that finished took over the temporary of those that did not
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_random_moments_never_leaves_a_shard_that_is_not_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    found = dressed(some_samples(400, vocab=FULL.vocab), FULL)
+    write_shard(tmp_path / "a.vts", FULL, found)
+    whole = (tmp_path / "a.vts").read_bytes()
+    killed, path = 0, tmp_path / "new" / "a.vts"
+    for _ in range(200):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir()
+        ready, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(told, b"x")
+                write_shard(path, FULL, found, cuts=tuple(range(10, 400, 10)))
+            finally:
+                os._exit(0)
+        os.read(ready, 1)
+        time.sleep(rng.uniform(0, 0.04))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.close(ready)
+        os.close(told)
+        if path.exists():
+            assert path.read_bytes() == whole
+        else:
+            assert {name[:5] for name in os.listdir(path.parent)} <= {".tmp-"}
+            write_shard(path, FULL, found)
+            assert path.read_bytes() == whole
+            assert os.listdir(path.parent) == ["a.vts"]
+    assert killed > 20

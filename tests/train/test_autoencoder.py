@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +21,7 @@ from vtrain.config import build
 from vtrain.data.images import ImageLoader
 from vtrain.data.sources.image_folder import ImageFolder
 from vtrain.settings import AutoencoderSettings
+from vtrain.train.tasks.autoencoder import Plan
 from vtrain.visual import load_image_tokenizer
 
 
@@ -45,8 +49,8 @@ def settings(out: Path, data: Path, **changes) -> AutoencoderSettings:
     captions = str(data / "captions.jsonl")
     tree = {
         "run": {"out": str(out), "device": "cpu", "seed": 1},
-        "input": {"images": str(data), "captions": captions, "threads": 1},
-        "eval": {"images": str(data), "captions": captions, "every": 10},
+        "input": {"images": str(data), "records": captions, "threads": 1},
+        "eval": {"images": str(data), "records": captions, "every": 10},
         "model": {
             "resolution": 8,
             "base_channels": 8,
@@ -120,7 +124,7 @@ def test_refuses_to_resume_on_other_images(pictures, tmp_path):
     out, more = tmp_path / "out", write_pictures(tmp_path / "more", 51)
     train = {"steps": 2, "images_per_step": 20, "micro_batch": 4}
     main(settings(out, pictures, train=train))
-    with pytest.raises(ValueError, match=r"input.captions is 50 images, crc32c \w+ in the checkpoint and 51 images"):
+    with pytest.raises(ValueError, match=r"input is 50 images, crc32c \w+ in the checkpoint and 51 images"):
         main(settings(out, more, train=train | {"steps": 3}))
     with pytest.raises(ValueError, match=r"run.seed is 1 .*and 2 here; train.images_per_step is 20 .*and 24 here"):
         main(settings(out, pictures, run={"out": str(out), "device": "cpu", "seed": 2},
@@ -131,13 +135,13 @@ def test_no_held_out_image_can_be_read(pictures, tmp_path):
     broken = shutil.copytree(pictures, tmp_path / "set")
     for path in (broken / "images").iterdir():
         path.write_bytes(b"broken")
-    held_out = {"images": str(broken), "captions": str(broken / "captions.jsonl"), "every": 1}
+    held_out = {"images": str(broken), "records": str(broken / "captions.jsonl"), "every": 1}
     with pytest.raises(ValueError, match="not one held-out image could be read"):
         main(settings(tmp_path / "out", pictures, eval=held_out))
 
 
 def decode(record) -> np.ndarray:
-    return np.array(Image.open(record.path).convert("RGB"))
+    return np.array(Image.open(record.only_image()).convert("RGB"))
 
 
 def test_resume_on_other_ranks(pictures, one_rank, tmp_path):
@@ -156,7 +160,7 @@ def test_resume_on_other_ranks(pictures, one_rank, tmp_path):
 
 @pytest.mark.parametrize("micro_batch", [0, 4, 7])
 def test_steps_hold_the_same_images_on_any_ranks(pictures, micro_batch):
-    records = list(ImageFolder(pictures, pictures / "captions.jsonl"))
+    records = ImageFolder(pictures, pictures / "captions.jsonl")
 
     def keys(rank: int, world: int) -> list[list[int]]:
         loader = ImageLoader(
@@ -184,11 +188,11 @@ def test_an_unreadable_image_is_left_out_and_named(pictures, tmp_path, caplog):
     data = shutil.copytree(pictures, tmp_path / "set")
     (data / "images" / "3.png").write_bytes(b"\x89PNG broken")
     (data / "images" / "4.png").unlink()
-    records = list(ImageFolder(data, data / "captions.jsonl"))
+    records = ImageFolder(data, data / "captions.jsonl")
     loader = ImageLoader(records, decode, resolution=8, images_per_step=50)
     batches = next(loader.steps())
     assert sum(b.count for b in batches) == 48
-    assert {Path(p).name for p in loader.skipped} == {"3.png", "4.png"}
+    assert set(loader.skipped) == {"captions.jsonl:4", "captions.jsonl:5"}
     assert "3.png" in caplog.text
     keys = [k for b in batches for k in b.keys[: b.count].tolist()]
     assert len(set(keys)) == 48
@@ -196,10 +200,42 @@ def test_an_unreadable_image_is_left_out_and_named(pictures, tmp_path, caplog):
     assert all((b.images[b.count :] == -1.0).all() and (b.keys[b.count :] == 0).all() for b in batches)
 
 
+def test_dry_run(pictures, tmp_path, capsys):
+    main(settings(tmp_path / "out", pictures), dry_run=True)
+    said = capsys.readouterr().out
+    assert "8.0 passes over 50 images" in said
+    assert "held out: 50 images" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_records_of_other_kinds(pictures, tmp_path):
+    lines = [json.loads(line) for line in (pictures / "captions.jsonl").read_text().splitlines()]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for line in lines:
+            tar.add(pictures / line["image"], line["image"])
+    talk = [{"from": "human", "value": "<image>"}]
+    (tmp_path / "chat.json").write_text(json.dumps([{**line, "conversations": talk} for line in lines]))
+
+    def images(**given) -> torch.Tensor:
+        plan = Plan(settings(tmp_path / "out", pictures, input={"threads": 1, **given}, eval={"every": 0}))
+        batches = plan.loader(plan.source).sequential()
+        return torch.cat([batch.images[: batch.count] for batch in batches])
+
+    expected = images(images=str(pictures), records=str(pictures / "captions.jsonl"))
+    assert len(expected) == 50
+    assert torch.equal(images(kind="webdataset", records=str(tmp_path / "a.tar")), expected)
+    assert torch.equal(images(kind="llava", images=str(pictures), records=str(tmp_path / "chat.json")), expected)
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["0.png"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"input\.kind is parquet, which is read in order only"):
+        images(kind="parquet", records=str(tmp_path / "a.parquet"))
+
+
 def test_no_image_that_can_be_read(pictures, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    given = {"images": str(tmp_path / "elsewhere"), "captions": str(pictures / "captions.jsonl"), "threads": 1}
-    with pytest.raises(ValueError, match=r"not one of 50 images can be read; the first: .*0\.png: no such image file"):
+    given = {"images": str(tmp_path / "elsewhere"), "records": str(pictures / "captions.jsonl"), "threads": 1}
+    with pytest.raises(
+        ValueError, match=r"50 images of .*: not one can be read; the first: .*0\.png: no such image file"
+    ):
         main(settings(tmp_path / "out", pictures, input=given))
     assert not (tmp_path / "out").exists()
 

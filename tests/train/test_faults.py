@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from toys import pretrain_settings, write_dataset
 
 from vtrain import config
-from vtrain.data import loader
 from vtrain.objectives.next_token import NextToken
 from vtrain.pretrain import main
 from vtrain.train import checkpoint
@@ -250,15 +249,14 @@ def test_too_many_bad_steps_end_the_run(data, tmp_path):
 
 def test_a_source_that_fails_on_one_rank_ends_all_and_is_named(data, tmp_path):
     setup = (
-        "import vtrain.data.loader as loader\n"
-        "compose, calls = loader.compose_samples, []\n"
+        "from vtrain.data.assemble import Assembler\n"
+        "assemble, calls = Assembler.__call__, []\n"
         "def fail(*args):\n"
         "    calls.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(calls) == 4: raise OSError('the disk of the shards is gone')\n"
-        "    return compose(*args)\n"
-        "loader.compose_samples = fail\n"
+        "    return assemble(*args)\n"
+        "Assembler.__call__ = fail\n"
     )
-    assert callable(loader.compose_samples)
     settings = pretrain_settings(tmp_path / "out", data, train={"steps": 50, "tokens_per_step": 256})
     processes = start(settings, tmp_path, 2, setup)
     texts = [p.communicate(timeout=60)[0] for p in processes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from toys import VOCAB, pretrain_settings, write_dataset
 
 from vtrain.batch import Document, PackedBatch
+from vtrain.data import BlockOrder, Dataset, LanguageModel
+from vtrain.data.manifest import publish
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.objectives.next_token import NextToken
 from vtrain.pretrain import main
@@ -100,7 +103,7 @@ def test_resume_on_other_ranks(data, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in records(resumed)], [r["loss"] for r in records(straight)], rtol=1e-5)
 
 
-DIVERGING = {"lr": 0.3, "warmup": 6, "schedule": "constant", "grad_clip": 0}  # the best evaluation is not the last
+DIVERGING = {"lr": 2.0, "warmup": 6, "schedule": "constant", "grad_clip": 0}  # the best evaluation is not the last
 
 
 def training(out: Path) -> dict:
@@ -184,6 +187,56 @@ def test_refuses_sources_that_differ(data, tmp_path, schema, differs):
         main(settings)
     assert "train" in str(error.value)
     assert "other" in str(error.value)
+
+
+def test_every_key_of_the_data_reaches_the_loader(data, tmp_path):
+    """Two sources with composers of their own, one by schedule; block order, splits, read-ahead."""
+    train, valid = data
+    tree = {
+        "sources": [
+            {"path": str(train), "weight_schedule": [[0, 1.0], [2000, 3.0]]},
+            {"path": str(valid), "composer": "language_model", "max_epochs": 3, "name": "plain"},
+        ],
+        "composer": "text_to_image",
+        "overlong": "split",
+        "pack_tokens": 16,
+        "pool": 20,
+        "order": "blocks",
+        "block": 8,
+        "open_blocks": 3,
+        "readahead": 2,
+    }
+    settings = pretrain_settings(tmp_path / "out", train, train={"steps": 2, "tokens_per_step": 256}, data=tree)
+    plan = Plan(settings)
+    first, second = plan.sources
+    assert (first.weight, first.composer, first.order) == (((0, 1), (2000, 3)), None, BlockOrder(8, 3))
+    assert (second.weight, second.composer, second.max_epochs) == (1.0, LanguageModel(seed=3), 3)
+    assert "train source train: 100 samples, weight 0: 1, 2000: 3" in plan.describe()
+    loader = plan.loader()
+    state = loader.state_dict()
+    assert {n: state["settings"][n] for n in ("overlong", "pool", "pack_tokens")} == {
+        "overlong": "split",
+        "pool": 20,
+        "pack_tokens": 16,
+    }
+    assert (loader.readahead, loader.prefetch) == (2, 1)
+    main(settings)
+    assert [r["step"] for r in records(tmp_path / "out")] == [1, 2]
+
+
+def test_a_grown_dataset_is_taken_where_resuming_is_not_strict(data, tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data[0], folder)
+    main(pretrain_settings(out, folder, train={"steps": 2, "tokens_per_step": 256}))
+    schema = Dataset(folder).schema
+    extra = Dataset(write_dataset(tmp_path / "more", 20, seed=9))
+    shutil.copy(extra.path / extra.manifest.shards[0].file, folder / "more.vts")
+    publish(folder, schema, [*Dataset(folder).manifest.shards, replace(extra.manifest.shards[0], file="more.vts")])
+    longer = {"train": {"steps": 4, "tokens_per_step": 256}}
+    with pytest.raises(ValueError, match=r"source\.data\.hash is"):
+        main(pretrain_settings(out, folder, **longer))
+    main(pretrain_settings(out, folder, data={"strict": False}, **longer))
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4]
 
 
 def test_frozen_parameters_stay(data, tmp_path):

@@ -5,14 +5,17 @@ from typing import Any
 
 # Public names by the module that defines them, imported at first use.
 _HOME = {
+    "BlockOrder": "order",
+    "Chat": "compose",
     "Composer": "compose",
     "Dataset": "reader",
     "LanguageModel": "compose",
     "Loader": "loader",
+    "RawPack": "raw",
     "Schema": "format",
     "ShardError": "format",
     "ShardWriter": "writer",
-    "Source": "stream",
+    "Source": "mix",
     "Step": "loader",
     "TextToImage": "compose",
     "make_composer": "compose",

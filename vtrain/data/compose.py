@@ -1,7 +1,8 @@
 """Composers turn stored facts (captions, code grids, turns) into finished sequences.
 
 Everything random is drawn from (seed, epoch, sample key), so a document is the same on any rank and after any resume.
-`lengths` reads no tokens: mixture, packer and cost need only it, and it must equal what `compose` makes.
+No composer reads tokens: a document is a list of pieces, and the loader reads them straight into its batches. `lengths`
+is what mixture, packer and cost use; it equals the lengths of what `compose` makes.
 """
 
 from __future__ import annotations
@@ -12,26 +13,55 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vtrain.batch import Document
-from vtrain.data.format import Modality, Role
-from vtrain.data.samples import unpack_runs
+from vtrain.data.samples import cumulative
+from vtrain.data.schema import Modality, Role
 from vtrain.rng import fold, uniform
 
 if TYPE_CHECKING:
-    from vtrain.data.format import Schema
     from vtrain.data.reader import Dataset
+    from vtrain.data.schema import Schema
 
 T2I, SOI = "<|t2i|>", "<|soi|>"
+STORED, SLOT = -2, -1  # in Pieces.token: ids of a sample, rows of its features
+BY_RUNS = np.float32(np.nan)  # in Pieces.weight: what the sample's loss runs say
+
+
+@dataclass
+class Pieces:
+    """n documents as runs of m pieces, nothing read yet: document i is made of the pieces cu[i]:cu[i+1].
+
+    cu: int64[n+1]. By piece: token int32[m], STORED, SLOT or the id of a literal; sample int64[m], its number in the
+    dataset (-1 for literals); start int32[m], first token in the sample, at SLOT first row among all its feature rows;
+    count int32[m], tokens or slot rows, for literals how often the id is repeated; weight float32[m], of these tokens
+    as targets, BY_RUNS = by the stored loss runs. labels: stored ids have the stored labels, and weight is theirs.
+    features: the twin that slot rows come from.
+    """
+
+    cu: np.ndarray
+    sample: np.ndarray
+    start: np.ndarray
+    count: np.ndarray
+    token: np.ndarray
+    weight: np.ndarray
+    labels: bool = False
+    features: str = ""
+
+    def lengths(self) -> np.ndarray:
+        """int64[n] rows of the documents."""
+        return np.diff(cumulative(self.count)[self.cu])
 
 
 class Composer(Protocol):
-    """What the loader asks of a composer. indices: int64[n] sample numbers of `dataset`; epoch: of that dataset."""
+    """What the loader asks of a composer. indices: int64[n] sample numbers of `dataset`; epoch: of that dataset.
+
+    One whose documents have slot rows also has `extents(dataset, indices, epoch) -> int32[n, 2]`: slot rows, frames.
+    """
 
     def lengths(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> np.ndarray:
         """int32[n], exactly the lengths of what `compose` makes."""
 
-    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> list[Document]:
-        """n documents, keyed by their sample keys."""
+    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> Pieces:
+        """n documents."""
 
     def weighted(self, schema: Schema) -> bool:
         """Whether batches carry weights other than 0 and 1."""
@@ -57,7 +87,7 @@ class TextToImage(_Named):
     A sample has any number of captions (text segments of role input, one is drawn uniformly) and one picture (an image
     segment of role target). drop_caption: probability of leaving the caption out. text_weight: loss weight of caption
     and `<|soi|>` as targets (0 = codes only; codes weigh 1). max_caption_tokens: longer captions lose their end, 0 = no
-    limit; codes are never cut.
+    limit; codes are never cut. Stored loss runs and labels are not used.
     """
 
     name = "text_to_image"
@@ -81,20 +111,23 @@ class TextToImage(_Named):
         _, caption_length, _, image_length = self._parts(dataset, indices, epoch)
         return (2 + caption_length + image_length).astype(np.int32)
 
-    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> list[Document]:
-        t2i, soi = (np.array([_special(dataset, name)], dtype=np.int32) for name in (T2I, SOI))
-        parts = self._parts(dataset, indices, epoch)
-        ids, cu = dataset.read(indices)
-        documents = []
-        for start, key, caption_at, caption, image_at, image in zip(cu[:-1], dataset.keys(indices).tolist(), *parts):
-            caption_ids = ids[start + caption_at : start + caption_at + caption]
-            codes = ids[start + image_at : start + image_at + image]
-            loss = None
-            if self.text_weight != 1:
-                loss = np.full(2 + caption + image, self.text_weight, dtype=np.float32)
-                loss[2 + caption :] = 1.0
-            documents.append(Document(np.concatenate((t2i, caption_ids, soi, codes)), key=key, loss=loss))
-        return documents
+    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> Pieces:
+        n = len(indices)
+        caption_at, caption_length, image_at, image_length = self._parts(dataset, indices, epoch)
+        tokens = np.array([_special(dataset, T2I), STORED, _special(dataset, SOI), STORED], dtype=np.int32)
+        weights = np.array([self.text_weight] * 3 + [1.0], dtype=np.float32)
+        sample = np.full((n, 4), -1, dtype=np.int64)
+        start, count = np.zeros((n, 4), dtype=np.int32), np.ones((n, 4), dtype=np.int32)
+        sample[:, 1], start[:, 1], count[:, 1] = indices, caption_at, caption_length
+        sample[:, 3], start[:, 3], count[:, 3] = indices, image_at, image_length
+        return Pieces(
+            cu=np.arange(0, 4 * n + 1, 4, dtype=np.int64),
+            sample=sample.ravel(),
+            start=start.ravel(),
+            count=count.ravel(),
+            token=np.tile(tokens, n),
+            weight=np.tile(weights, n),
+        )
 
     def _parts(
         self, dataset: Dataset, indices: np.ndarray, epoch: int
@@ -119,8 +152,8 @@ class TextToImage(_Named):
         choice = first + np.floor(self._draw(keys, epoch, "caption") * captions).astype(np.int64)
         kept = (captions > 0) & (self._draw(keys, epoch, "drop_caption") >= self.drop_caption)
         caption_at, caption_length = np.zeros((2, len(indices)), dtype=np.int64)
-        chosen = segments[is_caption][choice[kept]]
-        caption_at[kept], caption_length[kept] = chosen["start"], chosen["length"]
+        chosen = np.flatnonzero(is_caption)[choice[kept]]
+        caption_at[kept], caption_length[kept] = segments["start"][chosen], segments["length"][chosen]
         if self.max_caption_tokens:
             caption_length = np.minimum(caption_length, self.max_caption_tokens)
         return caption_at, caption_length, image_at, image_length
@@ -131,7 +164,7 @@ class TextToImage(_Named):
 
 @dataclass(frozen=True)
 class LanguageModel(_Named):
-    """The sample's ids as they are, scored by the sample's loss runs (none = every token)."""
+    """The sample's ids as they are, scored by its loss runs (none = every token), with its labels if it has some."""
 
     name = "language_model"
 
@@ -141,20 +174,92 @@ class LanguageModel(_Named):
     def lengths(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> np.ndarray:
         return dataset.lengths(indices)
 
-    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> list[Document]:
-        ids, cu = dataset.read(indices)
-        runs, run_cu = dataset.loss_runs(indices)
-        run_lengths, run_classes = unpack_runs(runs)
-        run_weights = np.array(dataset.schema.loss_weights, dtype=np.float32)[run_classes]
-        documents = []
-        for i, key in enumerate(dataset.keys(indices).tolist()):
-            own = slice(run_cu[i], run_cu[i + 1])
-            loss = np.repeat(run_weights[own], run_lengths[own]) if own.start < own.stop else None
-            documents.append(Document(ids[cu[i] : cu[i + 1]], key=key, loss=loss))
-        return documents
+    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> Pieces:
+        n = len(indices)
+        return Pieces(
+            cu=np.arange(n + 1, dtype=np.int64),
+            sample=np.asarray(indices, dtype=np.int64),
+            start=np.zeros(n, dtype=np.int32),
+            count=dataset.lengths(indices),
+            token=np.full(n, STORED, dtype=np.int32),
+            weight=np.full(n, BY_RUNS),
+            labels=dataset.schema.labels,
+        )
 
 
-COMPOSERS: dict[str, type] = {c.name: c for c in (TextToImage, LanguageModel)}
+@dataclass(frozen=True)
+class Chat(_Named):
+    """The stored turns as they are (joined by a template at import); pictures are slots.
+
+    train_on: assistant = only segments of role assistant are scored, all = every token. features: the twin with the
+    rows of feature segments; such a segment takes as many slot rows as the twin has for it. Stored labels are used,
+    stored loss runs are not.
+    """
+
+    name = "chat"
+
+    train_on: str = "assistant"
+    features: str = ""
+
+    def __post_init__(self) -> None:
+        if self.train_on not in ("assistant", "all"):
+            raise ValueError(f"chat: train_on is {self.train_on!r}; expected assistant or all")
+
+    def weighted(self, schema: Schema) -> bool:
+        return False
+
+    def lengths(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> np.ndarray:
+        if not self.features:
+            return dataset.lengths(indices)
+        return (dataset.lengths(indices) + self.extents(dataset, indices, epoch)[:, 0]).astype(np.int32)
+
+    def extents(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """int32[n, 2]: slot rows and slot segments (frames) of the documents."""
+        if not self.features:
+            return np.zeros((len(indices), 2), dtype=np.int32)
+        counts, cu = dataset.features(self.features).counts(indices)
+        rows = np.diff(cumulative(counts)[cu])
+        frames = np.diff(cumulative(counts > 0)[cu])
+        return np.stack([rows, frames], axis=1).astype(np.int32)
+
+    def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> Pieces:
+        segments, cu = dataset.segments(indices)
+        sample_of = np.repeat(np.arange(len(indices)), np.diff(cu))
+        is_slot = segments["modality"] == Modality.FEATURE
+        start, count = segments["start"].astype(np.int32), segments["length"].astype(np.int32)
+        bare = (np.diff(cu) == 0) & (dataset.lengths(indices) > 0)
+        if bare.any():
+            raise ValueError(_sample(dataset, indices, bare) + "has no segments; chat expects turns")
+        if self.features:
+            rows, _ = dataset.features(self.features).counts(indices)
+            stray = (rows > 0) & (~is_slot | (count > 0))
+            if stray.any():
+                raise ValueError(
+                    _sample(dataset, indices, sample_of[stray])
+                    + f"has rows of {self.features} at a segment with tokens; chat expects them at feature segments"
+                )
+            before = cumulative(rows)
+            first = before[:-1] - before[cu[sample_of]]  # among all rows of the sample
+            start, count = np.where(is_slot, first, start), np.where(is_slot, rows, count)
+        elif is_slot.any():
+            raise ValueError(
+                _sample(dataset, indices, sample_of[is_slot])
+                + "has feature segments; chat expects the name of the twin with their rows as its option features"
+            )
+        scored = (segments["role"] == Role.ASSISTANT) | (self.train_on == "all")
+        return Pieces(
+            cu=cu,
+            sample=np.asarray(indices, dtype=np.int64)[sample_of],
+            start=start.astype(np.int32),
+            count=count.astype(np.int32),
+            token=np.where(is_slot, SLOT, STORED).astype(np.int32),
+            weight=scored.astype(np.float32),
+            labels=dataset.schema.labels,
+            features=self.features,
+        )
+
+
+COMPOSERS: dict[str, type] = {c.name: c for c in (TextToImage, LanguageModel, Chat)}
 
 
 def make_composer(name: str, **options: Any) -> Composer:
@@ -177,3 +282,9 @@ def _special(dataset: Dataset, name: str) -> int:
     if name not in dataset.schema.specials:
         raise ValueError(f"{dataset.name}: its text tokenizer has no special token {name!r}, which text_to_image needs")
     return dataset.schema.specials[name]
+
+
+def _sample(dataset: Dataset, indices: np.ndarray, found: np.ndarray) -> str:
+    """The beginning of an error about the first of `found`: flags int64[n] or places among the indices."""
+    at = int(np.argmax(found)) if found.dtype == bool else int(found[0])
+    return f"{dataset.name}: sample {int(dataset.keys(np.asarray(indices)[at : at + 1])[0]):#x} "

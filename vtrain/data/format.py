@@ -1,40 +1,50 @@
-"""The layout of a token shard `*.vts`, and what a legal sample is. Little endian, immutable, every byte checksummed.
+"""The layout of a token shard `*.vts` and of its twins `*.vtf`. Little endian, immutable, every byte checksummed.
 
-    header page | TOK | OFF | SEG | SEGO | [RUN | RUNO] | KEY | SCHEMA | BCRC | footer page
+    header page | sections, each from a page on | footer page
 
-Pages are 4096 bytes and end in the crc32c of the rest of the page. Sections start on a page and are followed by at
-least 64 zero bytes (so that readers may over-read), zeros up to the next page. What is unknown when writing starts
-stands in the footer: the section table, counts and extremes. N samples, T tokens, M segments, R loss runs:
+Pages are 4096 bytes and end in the crc32c of the rest of the page. A section is followed by at least 64 zero bytes (so
+that readers may over-read), zeros up to the next page. What is unknown when writing starts stands in the footer: the
+section table, counts and extremes. The last section is BCRC: u32 crc32c of every block (1 MiB) of all bytes before it,
+header included. A shard of N samples, T tokens, M segments, R loss runs has, in this order:
 
-    TOK    u8|u16|u32[T]  ids of the one vocabulary that the schema names
+    TOK    u8|u16|u32[T]  ids of the one vocabulary that the schema names; with TOK1 or TOK2 only their low 16 bits
+    TOK1   u8[ceil(T/8)]  bit 16 of the id of token i: bit i % 8 of byte i / 8              (store "u16+1")
+    TOK2   u8[ceil(T/4)]  bits 16 and 17 of the id of token i: bits 2 * (i % 4) of byte i / 4 and above ("u16+2")
+    LBL    like TOK       what the model is to predict at each token (LBL1, LBL2 like TOK1, TOK2); absent = the next id
     OFF    u32[N+1]       first token of each sample          SEG   SEGMENT[M], SEGO u32[N+1]: pieces of the samples
     RUN    u32[R]         loss runs: length | class << 24     RUNO  u32[N+1]; both absent = every token has weight 1
-    KEY    u64[N]         sample keys, never 0                SCHEMA JSON text
-    BCRC   u32            crc32c of every block (1 MiB) of all bytes before BCRC, header included
+    KEY    u64[N]         sample keys, never 0                COL.x any[N]  the column x of the schema
+    SCHEMA u8             canonical JSON of the schema
+
+A twin adds rows or bytes to the segments of one shard, whose uuid it has (see twins.py):
+
+    ROW    any[R*dim]     R rows of features, or BYTES u8[B]  ROWO  u64[M+1]  first row or byte of each segment
+    SCALE  f4[R]          only of rows of i1                  META  u8  canonical JSON of the twin's name, dtype, ...
 
 Versioning is by section: readers refuse a higher major and unknown sections that are not flagged optional.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from vtrain._host import crc32c
-from vtrain.vocab import Vocabulary
+from vtrain.data.schema import COLUMN_DTYPES as COLUMN_DTYPES
+from vtrain.data.schema import Modality as Modality
+from vtrain.data.schema import Role as Role
+from vtrain.data.schema import Schema as Schema
+from vtrain.data.schema import SegmentFlag as SegmentFlag
+from vtrain.data.schema import canonical_json as canonical_json
 
 PAGE = 4096
 SPARE = 64  # zero bytes after a section at the least
 BLOCK_LOG2 = 20
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 HEAD_MAGIC = b"VTSHARD\0"
 TAIL_MAGIC = b"VTSTAIL\0"
 ENDIAN_MARK = 0x01020304
@@ -48,25 +58,12 @@ class ShardError(ValueError):
     """A shard or manifest that cannot be used: one line with file, section, what was found, what was expected."""
 
 
-class Modality(IntEnum):
-    TEXT = 0
-    IMAGE = 1
-    VIDEO = 2
-    LATENT = 3
-    FEATURE = 4
+class Kind(IntEnum):
+    """What a file is, as its header says."""
 
-
-class Role(IntEnum):
-    INPUT = 0
-    ADD = 1
-    TARGET = 2
-    USER = 3
-    ASSISTANT = 4
-    SYSTEM = 5
-
-
-class SegmentFlag(IntFlag):
-    MERGED = 1  # visual BPE: fewer tokens than t * h * w
+    SHARD = 0
+    FEATURES = 1
+    BLOBS = 2
 
 
 class SectionFlag(IntFlag):
@@ -102,122 +99,91 @@ SECTION = np.dtype(
         ("count", "<u8"),
     ]
 )
-DTYPES = {1: np.dtype("u1"), 2: np.dtype("<u2"), 3: np.dtype("<u4"), 4: np.dtype("<u8"), 16: SEGMENT}
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-ID_DTYPES = (DTYPES[1], DTYPES[2], DTYPES[3])
-# Sections that this version knows, and the dtypes each may have.
-KNOWN = {
-    "TOK": ID_DTYPES,
-    "OFF": (DTYPES[3],),
-    "SEG": (SEGMENT,),
-    "SEGO": (DTYPES[3],),
-    "RUN": (DTYPES[3],),
-    "RUNO": (DTYPES[3],),
-    "KEY": (DTYPES[4],),
-    "SCHEMA": (DTYPES[1],),
-    "BCRC": (DTYPES[3],),
+DTYPES = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<u4"),
+    4: np.dtype("<u8"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<i8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<f8"),
+    9: np.dtype("<f2"),
+    10: np.dtype("i1"),
+    16: SEGMENT,
 }
-REQUIRED = ("TOK", "OFF", "SEG", "SEGO", "KEY", "SCHEMA", "BCRC")
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Store:
+    """How ids are stored: the section of `dtype`, and a section of `plane` high bits per id where plane > 0."""
+
+    name: str
+    dtype: np.dtype
+    plane: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """The largest vocabulary whose ids fit."""
+        return 1 << (8 * self.dtype.itemsize + self.plane)
+
+    def plane_bytes(self, tokens: int) -> int:
+        return -(-tokens * self.plane // 8)
+
+
+# From the smallest to the largest.
+STORES = {
+    store.name: store
+    for store in (
+        Store("u8", DTYPES[1]),
+        Store("u16", DTYPES[2]),
+        Store("u16+1", DTYPES[2], 1),
+        Store("u16+2", DTYPES[2], 2),
+        Store("u32", DTYPES[3]),
+    )
+}
+_ID_DTYPES = (DTYPES[1], DTYPES[2], DTYPES[3])
+_STREAM = {"": _ID_DTYPES, "1": (DTYPES[1],), "2": (DTYPES[1],)}  # of TOK and LBL, by what is added to the name
+# Sections that this version knows, and the dtypes each may have; "COL." stands for COL.<name>.
+KNOWN = {
+    Kind.SHARD: {
+        **{stream + plane: dtypes for stream in ("TOK", "LBL") for plane, dtypes in _STREAM.items()},
+        "OFF": (DTYPES[3],),
+        "SEG": (SEGMENT,),
+        "SEGO": (DTYPES[3],),
+        "RUN": (DTYPES[3],),
+        "RUNO": (DTYPES[3],),
+        "KEY": (DTYPES[4],),
+        "COL.": tuple(COLUMN_DTYPES.values()),
+        "SCHEMA": (DTYPES[1],),
+        "BCRC": (DTYPES[3],),
+    },
+    Kind.FEATURES: {
+        "ROW": (DTYPES[2], DTYPES[7], DTYPES[9], DTYPES[10]),
+        "ROWO": (DTYPES[4],),
+        "SCALE": (DTYPES[7],),
+        "META": (DTYPES[1],),
+        "BCRC": (DTYPES[3],),
+    },
+    Kind.BLOBS: {"BYTES": (DTYPES[1],), "ROWO": (DTYPES[4],), "META": (DTYPES[1],), "BCRC": (DTYPES[3],)},
+}
+REQUIRED = {
+    Kind.SHARD: ("TOK", "OFF", "SEG", "SEGO", "KEY", "SCHEMA", "BCRC"),
+    Kind.FEATURES: ("ROW", "ROWO", "META", "BCRC"),
+    Kind.BLOBS: ("BYTES", "ROWO", "META", "BCRC"),
+}
 
 # Lower edges of the 64 length bins: 0, 1, 2, 3, 4, 6, 8, 12, 16, ... two per octave up to 2**32.
 LENGTH_EDGES = np.array([0, 1] + [edge for k in range(1, 32) for edge in (2**k, 3 * 2 ** (k - 1))], dtype=np.int64)
 
-DEFAULT_LOSS_WEIGHTS = (0.0,) + (1.0,) * 255  # class 0 is not scored
-
-_HEADER = struct.Struct("<8sHHI16sII")
+_HEADER = struct.Struct("<8sHHI16sIII")
 _FOOTER = struct.Struct("<16sQQQIIII32sI")
 _FOOTER_HISTOGRAM = 128
 _FOOTER_SECTIONS = _FOOTER_HISTOGRAM + 8 * len(LENGTH_EDGES)
 _PAGE_CRC = PAGE - 4
 _TAIL_MAGIC = _PAGE_CRC - len(TAIL_MAGIC)
 MAX_SECTIONS = (_TAIL_MAGIC - _FOOTER_SECTIONS) // SECTION.itemsize
-
-
-def canonical_json(value: object) -> bytes:
-    """The one spelling of a JSON value that is hashed and stored."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-@dataclass(frozen=True)
-class Schema:
-    """What the numbers of a dataset mean; equal in all its shards.
-
-    specials: name -> global id. text_tokenizer, image_tokenizer: sha256, "" = none. image: how pictures were prepared,
-    e.g. {"resolution": 256, "downscale": 16}. loss_weights: float32 weight of each of the 256 loss classes.
-    """
-
-    vocab: Vocabulary
-    specials: Mapping[str, int] = field(default_factory=dict)
-    text_tokenizer: str = ""
-    image_tokenizer: str = ""
-    image: Mapping[str, object] = field(default_factory=dict)
-    loss_weights: tuple[float, ...] = DEFAULT_LOSS_WEIGHTS
-
-    def __post_init__(self) -> None:
-        weights = np.asarray(self.loss_weights, dtype=np.float32)
-        if weights.shape != (256,) or not np.isfinite(weights).all() or (weights < 0).any():
-            raise ValueError(f"schema: loss_weights: {weights.size} numbers; expected 256 finite ones >= 0")
-        object.__setattr__(self, "loss_weights", tuple(weights.tolist()))
-        for name, token in self.specials.items():
-            if not 0 <= token < self.vocab.size:
-                raise ValueError(f"schema: special {name!r} has id {token}; expected 0..{self.vocab.size - 1}")
-
-    def to_json(self) -> dict:
-        value = {
-            "vocab": self.vocab.to_json(),
-            "specials": dict(self.specials),
-            "text_tokenizer": self.text_tokenizer,
-            "image_tokenizer": self.image_tokenizer,
-            "image": dict(self.image),
-            "modalities": [m.name.lower() for m in Modality],
-            "roles": [r.name.lower() for r in Role],
-            "segment_flags": {f.name.lower(): int(f) for f in SegmentFlag},
-        }
-        if self.loss_weights != DEFAULT_LOSS_WEIGHTS:
-            value["loss_weights"] = list(self.loss_weights)
-        return value
-
-    @classmethod
-    def from_json(cls, value: object) -> Schema:
-        """The inverse of `to_json`; ValueError for a missing or unknown key and for codes that mean something else."""
-        try:
-            schema = cls(
-                vocab=Vocabulary.from_json(value["vocab"]),
-                specials={str(name): int(token) for name, token in value["specials"].items()},
-                text_tokenizer=str(value["text_tokenizer"]),
-                image_tokenizer=str(value["image_tokenizer"]),
-                image=dict(value["image"]),
-                loss_weights=tuple(value.get("loss_weights", DEFAULT_LOSS_WEIGHTS)),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"schema: {type(error).__name__} {error}; expected the keys of a vtrain schema") from None
-        ours = schema.to_json()
-        for key in sorted(ours.keys() | value.keys()):
-            if ours.get(key) != value.get(key):
-                raise ValueError(f"schema: {key}: found {value.get(key)!r}, this version knows {ours.get(key)!r}")
-        return schema
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 (hex) of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
-
-    def differences(self, other: Schema) -> list[str]:
-        """`key: mine, other's` for every key that differs; empty when equal."""
-        mine, theirs = self.to_json(), other.to_json()
-        keys = sorted(mine.keys() | theirs.keys())
-        return [f"{k}: {mine.get(k)!r} and {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
-
-    def id_span(self, modality: Modality, merged: bool = False) -> tuple[int, int]:
-        """[low, high) of the ids that a segment may hold; (0, 0) where the vocabulary has no such range."""
-        if modality == Modality.TEXT:
-            names = ("text",)
-        elif modality in (Modality.IMAGE, Modality.VIDEO):
-            names = ("visual", "vbpe") if merged else ("visual",)
-        else:
-            return 0, self.vocab.size
-        found = [self.vocab[name] for name in names if name in self.vocab]
-        return (min(r.base for r in found), max(r.end for r in found)) if found else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -230,6 +196,10 @@ class ShardInfo:
     tokens: int
     bytes: int
     footer_crc: int
+
+    @classmethod
+    def of(cls, file: str, footer: Footer) -> ShardInfo:
+        return cls(file, footer.uuid.hex(), footer.samples, footer.tokens, footer.file_bytes, footer.crc)
 
 
 @dataclass(frozen=True)
@@ -245,7 +215,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Footer:
-    """All that a reader must know before it touches the data. Extremes are 0 where there is nothing to measure."""
+    """All that a reader must know before it touches the data. Extremes are 0 where there is nothing to measure.
+
+    Ids: those of tokens and labels. Of a twin `samples` are its segments, `tokens` its rows or bytes, lengths those of
+    its segments; schema_hash is the sha256 of META.
+    """
 
     uuid: bytes
     file_bytes: int
@@ -259,6 +233,12 @@ class Footer:
     histogram: np.ndarray  # u64[64], samples per length bin (LENGTH_EDGES)
     sections: dict[str, Section]
     crc: int = 0
+    kind: Kind = Kind.SHARD
+
+    @property
+    def store(self) -> Store:
+        """How this shard stores its ids (and labels)."""
+        return store_of(self.sections, "TOK")
 
 
 def padded(end: int) -> int:
@@ -279,15 +259,15 @@ def _page_crc(page: bytes, name: str, what: str) -> int:
     return stored
 
 
-def pack_header(uuid: bytes) -> bytes:
+def pack_header(uuid: bytes, kind: Kind = Kind.SHARD) -> bytes:
     page = bytearray(PAGE)
-    _HEADER.pack_into(page, 0, HEAD_MAGIC, MAJOR, MINOR, ENDIAN_MARK, uuid, BLOCK_LOG2, 0)
+    _HEADER.pack_into(page, 0, HEAD_MAGIC, MAJOR, MINOR, ENDIAN_MARK, uuid, BLOCK_LOG2, 0, kind)
     return _seal(page)
 
 
-def unpack_header(page: bytes, name: str) -> tuple[bytes, int]:
-    """(uuid, block size in bytes) of a header page; ShardError tells what is wrong with it."""
-    magic, major, _minor, endian, uuid, block_log2, flags = _HEADER.unpack_from(page)
+def unpack_header(page: bytes, name: str) -> tuple[bytes, int, int]:
+    """(uuid, block size in bytes, kind) of a header page; ShardError tells what is wrong with it."""
+    magic, major, _minor, endian, uuid, block_log2, flags, kind = _HEADER.unpack_from(page)
     if magic != HEAD_MAGIC:
         raise ShardError(f"{name}: header: starts with {magic!r}, expected {HEAD_MAGIC!r}: not a token shard")
     if major != MAJOR:
@@ -298,7 +278,7 @@ def unpack_header(page: bytes, name: str) -> tuple[bytes, int]:
             f"{name}: header: endian mark {endian:#x}, flags {flags:#x}, block 2**{block_log2}; "
             f"expected {ENDIAN_MARK:#x}, 0, 2**12..2**30"
         )
-    return uuid, 1 << block_log2
+    return uuid, 1 << block_log2, kind
 
 
 def pack_footer(footer: Footer) -> bytes:
@@ -328,7 +308,7 @@ def pack_footer(footer: Footer) -> bytes:
     return _seal(page)
 
 
-def unpack_footer(page: bytes, name: str, file_bytes: int) -> Footer:
+def unpack_footer(page: bytes, name: str, file_bytes: int, kind: Kind = Kind.SHARD) -> Footer:
     """The footer of a file of `file_bytes` bytes, with a section table whose every entry lies inside the file."""
     if page[_TAIL_MAGIC:_PAGE_CRC] != TAIL_MAGIC:
         raise ShardError(
@@ -340,7 +320,7 @@ def unpack_footer(page: bytes, name: str, file_bytes: int) -> Footer:
         raise ShardError(f"{name}: footer: written for a file of {size} bytes, this one has {file_bytes}")
     if count > MAX_SECTIONS:
         raise ShardError(f"{name}: footer: {count} sections, the table holds {MAX_SECTIONS}")
-    if tokens > MAX_ROWS or samples > MAX_ROWS:
+    if samples > MAX_ROWS or (tokens > MAX_ROWS and kind == Kind.SHARD):
         raise ShardError(f"{name}: footer: {samples} samples, {tokens} tokens; a shard holds at most {MAX_ROWS}")
     table = np.frombuffer(page, SECTION, count, _FOOTER_SECTIONS)
     footer = Footer(
@@ -354,26 +334,29 @@ def unpack_footer(page: bytes, name: str, file_bytes: int) -> Footer:
         max_length=max_length,
         schema_hash=schema_hash.hex(),
         histogram=np.frombuffer(page, "<u8", len(LENGTH_EDGES), _FOOTER_HISTOGRAM),
-        sections=_sections(table, name, file_bytes - PAGE),
+        sections=_sections(table, name, file_bytes - PAGE, kind),
         crc=crc,
+        kind=kind,
     )
+    _check_presence(footer, name)
     _check_counts(footer, name)
     return footer
 
 
-def _sections(table: np.ndarray, name: str, footer_offset: int) -> dict[str, Section]:
+def _sections(table: np.ndarray, name: str, footer_offset: int, kind: Kind) -> dict[str, Section]:
     sections: dict[str, Section] = {}
     free = PAGE  # the first byte that no section has taken
     for raw_id, code, flags, crc, offset, size, count in table.tolist():
         id = raw_id.decode("ascii", "replace")
         dtype = DTYPES.get(code)
         optional = bool(flags & SectionFlag.OPTIONAL)
+        expected = KNOWN[kind].get("COL." if id.startswith("COL.") else id)
         if id in sections:
             raise ShardError(f"{name}: footer: section {id} stands twice in the table")
-        if id not in KNOWN and not optional:
+        if expected is None and not optional:
             raise ShardError(f"{name}: section {id}: unknown to this version of vtrain and not optional")
-        if id in KNOWN and dtype not in KNOWN[id]:
-            raise ShardError(f"{name}: section {id}: dtype code {code}; expected {_codes(KNOWN[id])}")
+        if expected is not None and dtype not in expected:
+            raise ShardError(f"{name}: section {id}: dtype code {code}; expected {_codes(expected)}")
         if offset % PAGE or offset < free or offset + size + SPARE > footer_offset:
             raise ShardError(
                 f"{name}: section {id}: bytes {offset}..{offset + size}; expected a page boundary >= {free} "
@@ -390,23 +373,62 @@ def _codes(dtypes: tuple[np.dtype, ...]) -> str:
     return " or ".join(str(DTYPE_CODES[dtype]) for dtype in dtypes)
 
 
-def _check_counts(footer: Footer, name: str) -> None:
+def _check_presence(footer: Footer, name: str) -> None:
     sections = footer.sections
-    missing = [id for id in REQUIRED if id not in sections]
-    if missing or ("RUN" in sections) != ("RUNO" in sections):
-        raise ShardError(f"{name}: footer: no section {', '.join(missing) or 'RUN or RUNO'}")
-    expected = {"TOK": footer.tokens, "KEY": footer.samples}
-    expected |= dict.fromkeys(("OFF", "SEGO", "RUNO"), footer.samples + 1)
-    for id, count in expected.items():
-        if id in sections and sections[id].count != count:
-            raise ShardError(f"{name}: section {id}: {sections[id].count} items, expected {count}")
+    missing = [id for id in REQUIRED[footer.kind] if id not in sections]
+    if ("RUN" in sections) != ("RUNO" in sections):
+        missing.append("RUN or RUNO")
+    if missing:
+        raise ShardError(f"{name}: footer: no section {', '.join(missing)}")
     last = list(sections)[-1]
     if last != "BCRC":
         raise ShardError(f"{name}: footer: section {last} stands last, expected BCRC: nothing may follow its checksums")
+    if footer.kind == Kind.SHARD:
+        _check_stores(sections, name)
+    if footer.kind == Kind.FEATURES and ("SCALE" in sections) != (sections["ROW"].dtype == DTYPES[10]):
+        raise ShardError(f"{name}: section SCALE: expected with rows of dtype code 10 and with no others")
 
 
-def read_pages(path: Path | str) -> tuple[Footer, int]:
-    """(footer, block size) of a shard after all checks that need only its two pages: microseconds."""
+def _check_stores(sections: dict[str, Section], name: str) -> None:
+    for stream in ("TOK", "LBL"):
+        planes = [id for id in (f"{stream}1", f"{stream}2") if id in sections]
+        if planes and (len(planes) > 1 or stream not in sections or sections[stream].dtype != DTYPES[2]):
+            raise ShardError(f"{name}: section {planes[-1]}: expected one plane, beside {stream} of dtype code 2")
+    if "LBL" in sections and store_of(sections, "LBL") != store_of(sections, "TOK"):
+        raise ShardError(
+            f"{name}: section LBL: stored as {store_of(sections, 'LBL').name}; "
+            f"expected {store_of(sections, 'TOK').name} as TOK"
+        )
+
+
+def _check_counts(footer: Footer, name: str) -> None:
+    samples, tokens, sections = footer.samples, footer.tokens, footer.sections
+    if footer.kind == Kind.SHARD:
+        expected = dict.fromkeys(("TOK", "LBL"), tokens) | dict.fromkeys(("OFF", "SEGO", "RUNO"), samples + 1)
+        expected |= dict.fromkeys(("TOK1", "TOK2", "LBL1", "LBL2"), footer.store.plane_bytes(tokens))
+        expected |= {id: samples for id in sections if id == "KEY" or id.startswith("COL.")}
+    else:
+        expected = {"ROWO": samples + 1, "BYTES": tokens, "SCALE": tokens}
+    for id, count in expected.items():
+        if id in sections and sections[id].count != count:
+            raise ShardError(f"{name}: section {id}: {sections[id].count} items, expected {count}")
+    if footer.kind == Kind.FEATURES:
+        items = sections["ROW"].count
+        if items % tokens if tokens else items:
+            raise ShardError(f"{name}: section ROW: {items} items, expected a multiple of {tokens}")
+
+
+def store_of(sections: dict[str, Section], stream: str) -> Store:
+    """How the ids of TOK or LBL are stored."""
+    plane = next((bits for bits in (1, 2) if f"{stream}{bits}" in sections), 0)
+    return next(s for s in STORES.values() if (s.dtype, s.plane) == (sections[stream].dtype, plane))
+
+
+def read_pages(path: Path | str, *kinds: Kind) -> tuple[Footer, int]:
+    """(footer, block size) of a shard after all checks that need only its two pages: microseconds.
+
+    kinds: what the file may be, no kind = a shard.
+    """
     path = Path(path)
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, 2)
@@ -416,8 +438,12 @@ def read_pages(path: Path | str) -> tuple[Footer, int]:
         head = file.read(PAGE)
         file.seek(size - PAGE)
         tail = file.read(PAGE)
-    uuid, block = unpack_header(head, str(path))
-    footer = unpack_footer(tail, str(path), size)
+    uuid, block, kind = unpack_header(head, str(path))
+    if kind not in (kinds or (Kind.SHARD,)):
+        found = Kind(kind).name.lower() if kind in set(Kind) else kind
+        expected = " or ".join(k.name.lower() for k in kinds or (Kind.SHARD,))
+        raise ShardError(f"{path}: header: a file of kind {found}; expected {expected}")
+    footer = unpack_footer(tail, str(path), size, Kind(kind))
     if footer.uuid != uuid:
         raise ShardError(f"{path}: footer: uuid {footer.uuid.hex()}, the header has {uuid.hex()}")
     blocks = -(-footer.sections["BCRC"].offset // block)
@@ -428,17 +454,9 @@ def read_pages(path: Path | str) -> tuple[Footer, int]:
 
 def shard_info(path: Path | str) -> ShardInfo:
     """What a manifest lists, read from a finished shard (to adopt one that a killed job left)."""
-    footer, _ = read_pages(path)
-    return ShardInfo(
-        file=Path(path).name,
-        uuid=footer.uuid.hex(),
-        samples=footer.samples,
-        tokens=footer.tokens,
-        bytes=footer.file_bytes,
-        footer_crc=footer.crc,
-    )
+    return ShardInfo.of(Path(path).name, read_pages(path)[0])
 
 
-def id_dtype_for(vocab_size: int) -> np.dtype:
-    """The smallest stored dtype that holds the ids 0..vocab_size-1."""
-    return next(dtype for dtype in ID_DTYPES if vocab_size <= np.iinfo(dtype).max + 1)
+def store_for(vocab_size: int) -> Store:
+    """The smallest store that holds the ids 0..vocab_size-1."""
+    return next(store for store in STORES.values() if vocab_size <= store.capacity)

@@ -78,7 +78,7 @@ def _callback(batches: TrainerBatches) -> Any:
 
     class LoaderState(TrainerCallback):
         def on_train_begin(self, args, state, control, **_) -> None:
-            expected = -(-batches.loader.settings.bins_per_step // batches.loader.world)
+            expected = -(-batches.loader.bins_per_step // batches.loader.world)
             if args.gradient_accumulation_steps != expected:
                 raise ValueError(
                     f"gradient_accumulation_steps is {args.gradient_accumulation_steps}; expected {expected}, the "

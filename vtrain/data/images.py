@@ -1,4 +1,4 @@
-"""Batches of pixels for training image tokenizers: a permuted endless pass over an image folder, decoded by threads.
+"""Batches of pixels for training image tokenizers: a permuted endless pass over a source, decoded by threads.
 
 Step s holds the images at positions s*n .. s*n+n-1 of the endless order, whatever the number of ranks, so a step needs
 no state but its number.
@@ -16,7 +16,7 @@ import torch
 
 from vtrain.data.order import Order, epoch_key
 from vtrain.data.prefetch import prefetch
-from vtrain.data.sources.image_folder import Record
+from vtrain.data.sources import Record, Skipped
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ class ImageBatch:
 class ImageLoader:
     """Iterates the steps of one rank, each a list of `ImageBatch`es of `micro_batch` images.
 
-    decode(record) -> uint8[resolution,resolution,3] reads and resizes, in `threads` threads. An image that it refuses
-    with ValueError or OSError gets weight 0 and is reported once by name (`skipped`: {path: reason}).
+    decode(record) -> uint8[resolution,resolution,3] reads and resizes, in `threads` threads. A record that it refuses
+    with ValueError or OSError, or that the source skips, gets weight 0 and is told once (`skipped`: {name: reason}).
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[Record | Skipped],
         decode,
         *,
         resolution: int,
@@ -65,7 +65,7 @@ class ImageLoader:
         self.micro_batch = micro_batch or -(-images_per_step // world)
         self.seed, self.rank, self.world, self.threads = seed, rank, world, threads
         self.skipped: dict[str, str] = {}
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: dict[int, tuple[int, np.ndarray]] = {}
         self._cached_bytes = 0
         self._order: tuple[int, Order] | None = None
 
@@ -107,30 +107,33 @@ class ImageLoader:
         return self._order[1]
 
     def _batch(self, pool: ThreadPoolExecutor, numbers: Sequence[int]) -> ImageBatch:
-        decoded = list(pool.map(self._decoded, numbers))
-        kept = [(n, pixels) for n, pixels in zip(numbers, decoded) if pixels is not None]
+        kept = [found for found in pool.map(self._decoded, numbers) if found is not None]
         keys = np.zeros(self.micro_batch, dtype=np.uint64)
-        keys[: len(kept)] = [self.records[n].key for n, _ in kept]
+        pixels = np.zeros((self.micro_batch, self.resolution, self.resolution, 3), dtype=np.uint8)
+        for i, (key, image) in enumerate(kept):
+            keys[i], pixels[i] = key, image
         weights = torch.zeros(self.micro_batch)
         weights[: len(kept)] = 1.0
-        pixels = np.zeros((self.micro_batch, self.resolution, self.resolution, 3), dtype=np.uint8)
-        for i, (_, one) in enumerate(kept):
-            pixels[i] = one
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
         return ImageBatch(images, torch.from_numpy(keys.view(np.int64)), weights, len(kept))
 
-    def _decoded(self, number: int) -> np.ndarray | None:
+    def _decoded(self, number: int) -> tuple[int, np.ndarray] | None:
+        """(key, pixels) of a record; None where there is no picture to be had."""
         if number in self._cache:
             return self._cache[number]
         record = self.records[number]
+        if isinstance(record, Skipped):
+            return self._skip(record.name, record.reason)
         try:
-            pixels = self.decode(record)
+            found = record.key, self.decode(record)
         except (ValueError, OSError) as error:
-            if str(record.path) not in self.skipped:
-                self.skipped[str(record.path)] = str(error)
-                log.warning("skipped: %s", error)
-            return None
-        if self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
-            self._cache[number] = pixels
-            self._cached_bytes += pixels.nbytes
-        return pixels
+            return self._skip(record.name, str(error).removeprefix(f"{record.name}: "))
+        if self._cached_bytes + found[1].nbytes <= CACHE_BYTES:
+            self._cache[number] = found
+            self._cached_bytes += found[1].nbytes
+        return found
+
+    def _skip(self, name: str, reason: str) -> None:
+        if name not in self.skipped:
+            self.skipped[name] = reason
+            log.warning("skipped: %s: %s", name, reason)

@@ -1,64 +1,54 @@
-"""The order of one epoch: a keyed permutation of 0..n-1 that is computed, not stored.
+"""The order of one epoch: a keyed permutation of 0..n-1 that is computed, not stored, the same on every host.
 
-An alternating Feistel network on Z_a x Z_b with a * b just above n, walked until it lands below n. Integers only, so
-it is the same on every host. Below 4096 samples, where six rounds are not yet uniform, an explicit table.
+`Order(n, key)` mixes all samples; `BlockOrder` reads block by block, for disks and object stores; `StoredOrder` is the
+order in which they lie. All give objects with `order(positions) -> int64 ids` and `order.range(start, count)`.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from vtrain.rng import fold, fold_array
+from vtrain import _host
+from vtrain._host import Order
+from vtrain.rng import fold
 
-ROUNDS = 6
-TABLE_BELOW = 4096
-_LOW32 = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+__all__ = ["BlockOrder", "Order", "StoredOrder", "epoch_key", "epoch_order"]
 
 
-class Order:
-    """A permutation of 0..n-1: `order(positions) -> ids`, int64 arrays of any equal shape.
+@dataclass(frozen=True)
+class BlockOrder:
+    """Blocks of `block` consecutive samples in permuted order, `open` at a time, their samples permuted.
 
-    key: any 64-bit integer; see `epoch_key`. n may be up to 2**62.
+    A window of block * open samples should hold 50 steps or more, and sorted data be shuffled once before.
     """
 
-    def __init__(self, n: int, key: int) -> None:
-        if not 0 < n <= 2**62:
-            raise ValueError(f"the order of {n} samples: expected 1..2**62")
-        self.n = n
-        self._table = _shuffled(n, key) if n < TABLE_BELOW else None
-        self._b = np.uint64(math.isqrt(n - 1) + 1)
-        self._a = np.uint64(-(-n // int(self._b)))
-        self._keys = [np.uint64(fold(key, r) & 0xFFFFFFFF) for r in range(ROUNDS)]
+    block: int = 4096
+    open: int = 64
 
-    def __len__(self) -> int:
-        return self.n
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.open < 1:
+            raise ValueError(f"block order: block {self.block}, open {self.open}; expected both >= 1")
 
+    def of(self, n: int, key: int) -> _host.BlockOrder:
+        return _host.BlockOrder(n, key, self.block, self.open)
+
+
+@dataclass(frozen=True)
+class StoredOrder:
+    """No shuffling: for validation."""
+
+    def of(self, n: int, key: int) -> _Stored:
+        return _Stored()
+
+
+class _Stored:
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        positions = np.asarray(positions, dtype=np.int64)
-        if positions.size and not (positions.min() >= 0 and positions.max() < self.n):
-            raise IndexError(
-                f"positions {positions.min()}..{positions.max()} are outside the order of {self.n} samples"
-            )
-        if self._table is not None:
-            return self._table[positions]
-        ids = self._permute(positions.astype(np.uint64).ravel())
-        outside = np.flatnonzero(ids >= self.n)
-        while outside.size:  # cycle walking; a * b - n < b, so few need it
-            ids[outside] = self._permute(ids[outside])
-            outside = outside[ids[outside] >= self.n]
-        return ids.astype(np.int64).reshape(positions.shape)
+        return np.asarray(positions, dtype=np.int64)
 
-    def _permute(self, p: np.ndarray) -> np.ndarray:
-        x, y = np.divmod(p, self._b)  # x in Z_a, y in Z_b
-        for r, key in enumerate(self._keys):
-            if r % 2 == 0:
-                x = _add(x, _murmur(y ^ key), self._a)
-            else:
-                y = _add(y, _murmur(x ^ key), self._b)
-        return x * self._b + y
+    def range(self, start: int, count: int) -> np.ndarray:
+        return np.arange(start, start + count, dtype=np.int64)
 
 
 def epoch_key(seed: int, uuid64: int, epoch: int) -> int:
@@ -66,26 +56,9 @@ def epoch_key(seed: int, uuid64: int, epoch: int) -> int:
     return fold(seed, "order", uuid64, epoch)
 
 
-def _add(half: np.ndarray, draw: np.ndarray, modulus: np.uint64) -> np.ndarray:
-    """half + (a 32-bit draw scaled to 0..modulus-1), modulo modulus. u64, both terms below 2**32."""
-    total = half + ((draw * modulus) >> _32)
-    return np.where(total >= modulus, total - modulus, total)
-
-
-def _murmur(h: np.ndarray) -> np.ndarray:
-    """murmur3's 32-bit finaliser on u64 lanes (products stay below 2**64)."""
-    h = h & _LOW32
-    h = ((h ^ (h >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & _LOW32
-    h = ((h ^ (h >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & _LOW32
-    return h ^ (h >> np.uint64(16))
-
-
-def _shuffled(n: int, key: int) -> np.ndarray:
-    """Fisher-Yates with one counter draw per position: entry i swaps with one of 0..i."""
-    i = np.arange(n, dtype=np.uint64)
-    partner = (((fold_array(key, i) >> _32) * (i + np.uint64(1))) >> _32).tolist()
-    table = list(range(n))
-    for at in range(n - 1, 0, -1):
-        other = partner[at]
-        table[at], table[other] = table[other], table[at]
-    return np.array(table, dtype=np.int64)
+def epoch_order(
+    kind: BlockOrder | StoredOrder | None, n: int, seed: int, uuid64: int, epoch: int
+) -> Order | _host.BlockOrder | _Stored:
+    """The order of one epoch of n samples; kind None = all samples mixed."""
+    key = epoch_key(seed, uuid64, epoch)
+    return Order(n, key) if kind is None else kind.of(n, key)

@@ -10,20 +10,35 @@ from enum import IntEnum
 
 import numpy as np
 
-from vtrain.data.format import MAX_RUN, MAX_SAMPLE, RUN_LENGTH_BITS, Modality, Role, Schema, SegmentFlag, ShardError
+from vtrain._host import Ids
+from vtrain._host import check_samples as _first_broken_rule
+from vtrain.data.format import (
+    MAX_RUN,
+    MAX_SAMPLE,
+    RUN_LENGTH_BITS,
+    Modality,
+    Role,
+    Schema,
+    SegmentFlag,
+    ShardError,
+)
 
 
 @dataclass
 class Samples:
-    """Samples laid end to end. ids: integers[T]; segments: SEGMENT[M]; keys: u64[N]; runs: u32[R] or None."""
+    """Samples laid end to end. segments: SEGMENT[M]; keys: u64[N]; runs: u32[R] or None.
 
-    ids: np.ndarray
+    ids, labels: integers[T] (labels may be None), or as `_host.Ids` what a shard stores of them.
+    """
+
+    ids: np.ndarray | Ids
     cu: np.ndarray
     segments: np.ndarray
     segment_cu: np.ndarray
     keys: np.ndarray
     runs: np.ndarray | None = None
     run_cu: np.ndarray | None = None
+    labels: np.ndarray | Ids | None = None
 
 
 def cumulative(lengths: np.ndarray) -> np.ndarray:
@@ -61,89 +76,92 @@ def unpack_runs(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (runs & np.uint32(MAX_RUN)).astype(np.int64), (runs >> np.uint32(RUN_LENGTH_BITS)).astype(np.uint8)
 
 
-def check_samples(schema: Schema, s: Samples, name: str) -> None:
-    """Raise ShardError for the first sample that breaks a rule of the format; the message names file and key."""
-    lengths, counts = np.diff(s.cu), np.diff(s.segment_cu)
-    sample_of = np.repeat(np.arange(len(lengths)), counts)
-    spans = segment_lengths(s.segments["start"].astype(np.int64), s.segment_cu, lengths)
-    if (s.keys == 0).any():
-        raise ShardError(f"{name}: KEY: sample {np.argmax(s.keys == 0)} of the batch has key 0; that means padding")
+class Rule(IntEnum):
+    """The rules of a sample in the order in which they are asked; the numbers are those of csrc check.cpp."""
+
+    LEGAL = 0
+    KEY = 1
+    FIRST_START = 2
+    STARTS = 3
+    MODALITY = 4
+    ROLE = 5
+    FLAGS = 6
+    GRID = 7
+    SEGMENT_ID = 8
+    ID = 9
+    RUNS = 10
+    LABEL = 11
+
+
+def check_samples(schema: Schema, s: Samples, name: str) -> tuple[int, int] | None:
+    """(lowest, highest) of all ids and labels, None of none.
+
+    Raise ShardError for the first sample that breaks a rule of the format; the message names file and key.
+    """
+    lengths = np.diff(s.cu)
     if len(lengths) and lengths.max() > MAX_SAMPLE:
         key = int(s.keys[np.argmax(lengths)])
         raise ShardError(f"{name}: sample {key:#x}: OFF: {lengths.max()} tokens; expected at most {MAX_SAMPLE}")
-    _check_segments(s, spans, sample_of, name)
-    _check_ids(schema, s, spans, sample_of, name)
-    if s.runs is not None:
-        _check_runs(s, lengths, name)
-
-
-def _check_segments(s: Samples, spans: np.ndarray, sample_of: np.ndarray, name: str) -> None:
-    records, numbers = s.segments, np.arange(len(s.segments)) - s.segment_cu[sample_of]
-    t, h, w = (records[axis].astype(np.int64) for axis in "thw")
-    picture = np.isin(records["modality"], (Modality.IMAGE, Modality.VIDEO))
-    merged = (records["flags"] & SegmentFlag.MERGED) != 0
-    unknown_flags = records["flags"] > sum(SegmentFlag)
-    rules = (
-        ((numbers == 0) & (records["start"] != 0), "the first segment to start at 0"),
-        (spans < 0, "starts that rise and stay inside the sample"),
-        (records["modality"] >= len(Modality), f"modality {_codes(Modality)}"),
-        (records["role"] >= len(Role), f"role {_codes(Role)}"),
-        (unknown_flags, f"flags {_codes(SegmentFlag)}"),
-        (picture & ~merged & (t + h + w > 0) & (t * h * w != spans), "t * h * w tokens, or t = h = w = 0"),
+    rule, sample, item, value, low, high = _first_broken_rule(
+        _as_ids(s.ids),
+        s.cu,
+        np.ascontiguousarray(s.segments),
+        s.segment_cu,
+        s.keys,
+        s.runs,
+        s.run_cu,
+        None if s.labels is None else _as_ids(s.labels),
+        schema.id_spans,
+        schema.vocab.size,
+        len(Role),
     )
-    for broken, expected in rules:
-        if broken.any():
-            at = int(np.argmax(broken))
-            fields = ", ".join(f"{field} {records[field][at]}" for field in records.dtype.names)
-            raise ShardError(
-                f"{name}: sample {int(s.keys[sample_of[at]]):#x}: SEG: segment {numbers[at]} has {spans[at]} tokens, "
-                f"{fields}; expected {expected}"
-            )
+    if rule != Rule.LEGAL:
+        raise ShardError(f"{name}: {_message(schema, s, Rule(rule), sample, item, value)}")
+    return (low, high) if low <= high else None
+
+
+def _as_ids(ids: np.ndarray | Ids) -> Ids:
+    if isinstance(ids, Ids):
+        return ids
+    native = ids.dtype.newbyteorder("=")
+    if native.kind not in "iu" or native.str[1:] in ("i1", "i2", "u8"):
+        native = np.dtype(np.int64)
+    return Ids(np.ascontiguousarray(ids, dtype=native))
+
+
+def _message(schema: Schema, s: Samples, rule: Rule, sample: int, item: int, value: int) -> str:
+    """What rule is broken. item: the segment or token of the sample; value: tokens of the segment, id, sum of runs."""
+    if rule == Rule.KEY:
+        return f"KEY: sample {sample} of the batch has key 0; that means padding"
+    key, length = f"sample {int(s.keys[sample]):#x}", int(s.cu[sample + 1] - s.cu[sample])
+    if rule == Rule.RUNS:
+        return f"{key}: RUN: loss runs of {value} tokens; expected {length} or none"
+    if rule in (Rule.ID, Rule.LABEL):
+        what = "TOK: token {} is id" if rule == Rule.ID else "LBL: token {} has label"
+        return f"{key}: {what.format(item)} {value}; expected one of the vocabulary: 0..{schema.vocab.size - 1}"
+    if rule == Rule.SEGMENT_ID:
+        return f"{key}: TOK: token {item} is id {value}; expected one of {_holder(schema, s, sample, item)}"
+    expected = {
+        Rule.FIRST_START: "the first segment to start at 0",
+        Rule.STARTS: "starts that rise and stay inside the sample",
+        Rule.MODALITY: f"modality {_codes(Modality)}",
+        Rule.ROLE: f"role {_codes(Role)}",
+        Rule.FLAGS: f"flags {_codes(SegmentFlag)}",
+        Rule.GRID: "t * h * w tokens, or t = h = w = 0",
+    }[rule]
+    segment = s.segments[s.segment_cu[sample] + item]
+    fields = ", ".join(f"{field} {segment[field]}" for field in segment.dtype.names)
+    return f"{key}: SEG: segment {item} has {value} tokens, {fields}; expected {expected}"
+
+
+def _holder(schema: Schema, s: Samples, sample: int, token: int) -> str:
+    """The segment that token `token` of a sample lies in, and the ids that it may have."""
+    segments = s.segments[s.segment_cu[sample] : s.segment_cu[sample + 1]]
+    segment = segments[np.searchsorted(segments["start"], token, side="right") - 1]
+    modality = Modality(segment["modality"])
+    low, high = schema.id_span(modality, bool(segment["flags"] & SegmentFlag.MERGED))
+    return f"{modality.name.lower()} segments: {f'{low}..{high - 1}' if high else 'no range of their own'}"
 
 
 def _codes(names: type[IntEnum]) -> str:
     return ", ".join(f"{code.value} ({code.name.lower()})" for code in names)
-
-
-def _check_runs(s: Samples, lengths: np.ndarray, name: str) -> None:
-    sums = np.diff(cumulative(unpack_runs(s.runs)[0])[s.run_cu])
-    wrong = (np.diff(s.run_cu) > 0) & (sums != lengths)
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        raise ShardError(
-            f"{name}: sample {int(s.keys[at]):#x}: RUN: loss runs of {sums[at]} tokens; expected {lengths[at]} or none"
-        )
-
-
-def _check_ids(schema: Schema, s: Samples, spans: np.ndarray, sample_of: np.ndarray, name: str) -> None:
-    """Every id lies in the range of its segment's modality; ids of samples without segments in the vocabulary.
-
-    One minimum and one maximum per segment (`reduceat`): the spans tile the ids, so each ends where the next starts.
-    """
-    table = np.array([[schema.id_span(m, merged) for m in Modality] for merged in (False, True)], dtype=np.int64)
-    modality = s.segments["modality"].astype(np.int64)
-    bounds = table[(s.segments["flags"] & SegmentFlag.MERGED).astype(np.int64), modality]
-    starts = s.cu[sample_of] + s.segments["start"]
-    filled = spans > 0
-    starts, sample_of, bounds, modality = starts[filled], sample_of[filled], bounds[filled], modality[filled]
-    bare = np.flatnonzero((np.diff(s.segment_cu) == 0) & (np.diff(s.cu) > 0))
-    if len(bare):
-        starts, sample_of = np.concatenate([starts, s.cu[bare]]), np.concatenate([sample_of, bare])
-        bounds = np.concatenate([bounds, np.broadcast_to((0, schema.vocab.size), (len(bare), 2))])
-        modality = np.concatenate([modality, np.full(len(bare), -1)])
-        order = np.argsort(starts)
-        starts, sample_of, bounds, modality = starts[order], sample_of[order], bounds[order], modality[order]
-    if not len(starts):
-        return
-    bad = (np.minimum.reduceat(s.ids, starts) < bounds[:, 0]) | (np.maximum.reduceat(s.ids, starts) >= bounds[:, 1])
-    if bad.any():
-        at = int(np.argmax(bad))
-        (low, high), sample = bounds[at].tolist(), int(sample_of[at])
-        ids = s.ids[starts[at] : starts[at + 1] if at + 1 < len(starts) else None]
-        token = int(np.argmax((ids < low) | (ids >= high)))
-        holder = "the vocabulary" if modality[at] < 0 else f"{Modality(modality[at]).name.lower()} segments"
-        allowed = f"{low}..{high - 1}" if high else "no range of their own"
-        raise ShardError(
-            f"{name}: sample {int(s.keys[sample]):#x}: TOK: token {starts[at] + token - s.cu[sample]} "
-            f"is id {ids[token]}; expected one of {holder}: {allowed}"
-        )

@@ -5,77 +5,50 @@ A killed writer leaves `.tmp-<uuid>` and nothing else; a shard of the same name 
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from vtrain._host import crc32c, crc32c_blocks, crc32c_combine
+from vtrain._host import PlaneBytes, length_histogram
 from vtrain.data import format
-from vtrain.data.format import Footer, Schema, Section, ShardError, ShardInfo
+from vtrain.data.container import ContainerWriter
+from vtrain.data.format import Kind, Schema, SectionFlag, ShardError, ShardInfo, Store
 from vtrain.data.samples import Samples, check_samples
-from vtrain.files import replace, sync, sync_folder, write
-
-
-class BlockChecksums:
-    """crc32c of every block of a byte stream that arrives in pieces of any size."""
-
-    def __init__(self, block: int):
-        self.block = block
-        self.finished: list[np.ndarray] = []
-        self.open_crc = 0
-        self.open_bytes = 0
-
-    def update(self, data: memoryview) -> None:
-        head = min(len(data), (self.block - self.open_bytes) % self.block)
-        self._extend(data[:head])
-        whole = (len(data) - head) // self.block * self.block
-        if whole:
-            self.finished.append(crc32c_blocks(data[head : head + whole], self.block))
-        self._extend(data[head + whole :])
-
-    def _extend(self, data: memoryview) -> None:
-        self.open_crc = crc32c_combine(self.open_crc, crc32c(data), len(data))
-        self.open_bytes += len(data)
-        if self.open_bytes == self.block:
-            self.finished.append(np.array([self.open_crc], dtype=np.uint32))
-            self.open_crc = self.open_bytes = 0
-
-    def result(self) -> np.ndarray:
-        tail = [np.array([self.open_crc], dtype=np.uint32)] if self.open_bytes else []
-        return np.concatenate([np.zeros(0, dtype=np.uint32), *self.finished, *tail])
 
 
 class ShardWriter:
     """`with ShardWriter(path, schema, uuid=...) as w: w.append_batch(...)`; `close` (or the end of `with`) finishes.
 
-    uuid: 16 bytes, unique to the shard (derive it from the data to get reproducible files). id_dtype: u1, u2 or u4,
-    None = the smallest that fits the vocabulary. An error inside `with` removes the temporary file.
+    uuid: 16 bytes, unique to the shard (derive it from the data to get reproducible files). id_store: a key of
+    format.STORES, None = the smallest that fits the vocabulary. Labels, segments, runs, keys and columns wait in memory
+    until the shard is closed. An error inside `with` removes the temporary file.
     """
 
-    def __init__(self, path: Path | str, schema: Schema, *, uuid: bytes, id_dtype: np.dtype | str | None = None):
+    def __init__(self, path: Path | str, schema: Schema, *, uuid: bytes, id_store: str | None = None):
         self.path = Path(path)
         self.schema = schema
-        self.uuid = bytes(uuid)
-        if len(self.uuid) != 16:
-            raise ValueError(f"{path}: a shard's uuid has 16 bytes, found {len(self.uuid)}")
-        self.id_dtype = format.id_dtype_for(schema.vocab.size) if id_dtype is None else np.dtype(id_dtype)
-        if self.id_dtype not in format.ID_DTYPES or np.iinfo(self.id_dtype).max < schema.vocab.size - 1:
-            raise ValueError(f"{path}: id dtype {self.id_dtype} does not hold ids up to {schema.vocab.size - 1}")
+        self.store = _store(self.path, schema, id_store)
         self.info: ShardInfo | None = None
         self.samples = 0
         self.tokens = 0
+        self._extremes: tuple[int, int] | None = None
         self._has_runs = False
-        self._min_id, self._max_id = 2**32 - 1, 0
-        self._columns = {"OFF": [], "SEG": [], "SEGO": [], "RUN": [], "RUNO": [], "KEY": []}
         self._rows = {"SEG": 0, "RUN": 0}
-        self._sections: dict[str, Section] = {}
-        self._blocks = BlockChecksums(1 << format.BLOCK_LOG2)
-        self._token_crc = 0
-        self._written = 0
-        self._temporary = self.path.parent / f".tmp-{self.uuid.hex()}"
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by close or abort
-        self._write(format.pack_header(self.uuid))
+        zero = np.zeros(1, dtype="<u4")
+        self._parts: dict[str, list[np.ndarray]] = {
+            "OFF": [zero],
+            "SEG": [np.zeros(0, dtype=format.SEGMENT)],
+            "SEGO": [zero],
+            "RUN": [zero[:0]],
+            "RUNO": [zero],
+            "KEY": [np.zeros(0, dtype="<u8")],
+            "LBL": [np.zeros(0, dtype=self.store.dtype)],
+            **{f"COL.{name}": [np.zeros(0, dtype=dtype)] for name, dtype in schema.columns.items()},
+        }
+        self._planes = {stream: PlaneBytes(self.store.plane) for stream in ("TOK", "LBL") if self.store.plane}
+        self._out = ContainerWriter(self.path, uuid, Kind.SHARD, bytes(uuid).hex())
+        self._out.start("TOK", self.store.dtype)
 
     def append_batch(
         self,
@@ -87,65 +60,118 @@ class ShardWriter:
         keys: np.ndarray,
         runs: np.ndarray | None = None,
         run_offsets: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        columns: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Append N samples. Sample i is ids[offsets[i]:offsets[i+1]] with segments[segment_offsets[i]:...[i+1]].
 
         ids: integers[T]; offsets, segment_offsets, run_offsets: integers[N+1], rising; segments: format.SEGMENT[M];
         keys: u64[N]; runs: u32[R] (samples.pack_runs), None = every token of these samples has weight 1.
-        ShardError names the first sample that breaks a rule; nothing of a refused batch is written.
+        labels: integers[T], one of the vocabulary for each token, if the schema has labels. columns: numbers[N] for
+        each column of the schema. ShardError names the first sample that breaks a rule; nothing of a refused batch is
+        written.
         """
-        if self._file is None:
+        if not self._out.open:
             raise ValueError(f"{self.path}: the shard is closed")
-        batch = self._window(ids, offsets, segments, segment_offsets, keys, runs, run_offsets)
-        check_samples(self.schema, batch, str(self.path))
+        batch = self._window(ids, offsets, segments, segment_offsets, keys, runs, run_offsets, labels)
+        values = self._columns(columns or {}, len(batch.keys))
+        extremes = check_samples(self.schema, batch, str(self.path))
         self._check_room(batch)
-        if len(batch.ids):
-            self._min_id = min(self._min_id, int(batch.ids.min()))
-            self._max_id = max(self._max_id, int(batch.ids.max()))
-            stored = np.ascontiguousarray(batch.ids, dtype=self.id_dtype)
-            self._token_crc = crc32c(stored, self._token_crc)
-            self._write(stored)
-        count = len(batch.keys)
-        run_cu = np.zeros(count + 1, dtype=np.int64) if batch.runs is None else batch.run_cu
-        self._columns["OFF"].append((batch.cu[1:] + self.tokens).astype("<u4"))
-        self._columns["SEG"].append(np.array(batch.segments, dtype=format.SEGMENT))
-        self._columns["SEGO"].append((batch.segment_cu[1:] + self._rows["SEG"]).astype("<u4"))
-        self._columns["RUNO"].append((run_cu[1:] + self._rows["RUN"]).astype("<u4"))
-        self._columns["KEY"].append(np.array(batch.keys, dtype="<u8"))
+        if extremes:
+            low, high = self._extremes or extremes
+            self._extremes = min(low, extremes[0]), max(high, extremes[1])
+        self._out.extend(self._stored("TOK", batch.ids))
+        if batch.labels is not None:
+            self._parts["LBL"].append(self._stored("LBL", batch.labels))
+        self._keep(batch, values)
+        self.tokens += len(batch.ids)
+        self.samples += len(batch.keys)
+
+    def _keep(self, batch: Samples, columns: dict[str, np.ndarray]) -> None:
+        """Copies of what is written at close."""
+        run_cu = np.zeros(len(batch.keys) + 1, dtype=np.int64) if batch.runs is None else batch.run_cu
+        self._parts["OFF"].append((batch.cu[1:] + self.tokens).astype("<u4"))
+        self._parts["SEG"].append(np.array(batch.segments, dtype=format.SEGMENT))
+        self._parts["SEGO"].append((batch.segment_cu[1:] + self._rows["SEG"]).astype("<u4"))
+        self._parts["RUNO"].append((run_cu[1:] + self._rows["RUN"]).astype("<u4"))
+        self._parts["KEY"].append(np.array(batch.keys, dtype="<u8"))
+        for name, values in columns.items():
+            self._parts[f"COL.{name}"].append(values)
+        self._rows["SEG"] += len(batch.segments)
         if batch.runs is not None:
-            self._columns["RUN"].append(np.array(batch.runs, dtype="<u4"))
+            self._parts["RUN"].append(np.array(batch.runs, dtype="<u4"))
             self._rows["RUN"] += len(batch.runs)
             self._has_runs = True
-        self._rows["SEG"] += len(batch.segments)
-        self.tokens += len(batch.ids)
-        self.samples += count
 
-    def _window(self, ids, offsets, segments, segment_offsets, keys, runs, run_offsets) -> Samples:
+    def _stored(self, stream: str, ids: np.ndarray) -> np.ndarray:
+        """What the section TOK or LBL gets of legal ids; the bits above go to its plane."""
+        if self.store.plane:
+            self._planes[stream].append(np.ascontiguousarray(ids, dtype=np.int32))
+        return ids.astype(self.store.dtype)  # wraps: the low bits
+
+    def _window(self, ids, offsets, segments, segment_offsets, keys, runs, run_offsets, labels) -> Samples:
         """The arrays cut to what the offsets name, all cu arrays starting at 0."""
-        keys = np.asarray(keys, dtype=np.uint64)
+        keys = np.ascontiguousarray(keys, dtype=np.uint64)
         segments = np.asarray(segments)
-        ids = np.asarray(ids)
-        if ids.dtype.kind not in "iu" and ids.size:
-            raise ValueError(f"{self.path}: ids are {ids.dtype}, expected integers")
         if segments.dtype != format.SEGMENT:
             raise ValueError(f"{self.path}: segments are {segments.dtype}, expected format.SEGMENT")
         if (runs is None) != (run_offsets is None):
             raise ValueError(f"{self.path}: runs and run_offsets go together")
-        ids, cu = self._cut("offsets", ids, offsets, len(keys))
+        if (labels is not None) != self.schema.labels:
+            raise ValueError(
+                f"{self.path}: labels {'missing' if self.schema.labels else 'given'}; "
+                f"the schema says labels={self.schema.labels}"
+            )
+        tokens, cu = self._cut("offsets", self._integers("ids", ids), offsets, len(keys))
         segments, segment_cu = self._cut("segment_offsets", segments, segment_offsets, len(keys))
         run_cu = None
         if runs is not None:
             runs, run_cu = self._cut("run_offsets", np.asarray(runs, dtype=np.uint32), run_offsets, len(keys))
-        return Samples(ids, cu, segments, segment_cu, keys, runs, run_cu)
+        if labels is not None:
+            if np.shape(labels) != np.shape(ids):
+                raise ValueError(
+                    f"{self.path}: labels: {np.size(labels)} for {np.size(ids)} ids; expected one for each"
+                )
+            labels, _ = self._cut("offsets", self._integers("labels", labels), offsets, len(keys))
+        return Samples(tokens, cu, segments, segment_cu, keys, runs, run_cu, labels)
+
+    def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
+        values = np.asarray(values)
+        if values.dtype.kind not in "iu" and values.size:
+            raise ValueError(f"{self.path}: {name} are {values.dtype}, expected integers")
+        return values
 
     def _cut(self, name: str, flat: np.ndarray, offsets: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         cu = np.asarray(offsets, dtype=np.int64)
-        if flat.ndim != 1 or cu.shape != (count + 1,) or cu[0] < 0 or cu[-1] > len(flat) or (np.diff(cu) < 0).any():
+        if flat.ndim != 1 or cu.shape != (count + 1,) or cu[0] < 0 or cu[-1] > len(flat) or (cu[1:] < cu[:-1]).any():
             raise ValueError(
                 f"{self.path}: {name}: {cu.size} numbers for {count} samples and {len(flat)} items; "
                 f"expected {count + 1} rising ones in 0..{len(flat)}"
             )
         return flat[cu[0] : cu[-1]], cu - cu[0]
+
+    def _columns(self, given: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        """Copies in the schema's dtypes."""
+        if sorted(given) != list(self.schema.columns):
+            raise ValueError(
+                f"{self.path}: columns: found {', '.join(sorted(given)) or 'none'}; "
+                f"the schema has {', '.join(self.schema.columns) or 'none'}"
+            )
+        return {name: self._column(name, np.asarray(given[name]), count) for name in self.schema.columns}
+
+    def _column(self, name: str, values: np.ndarray, count: int) -> np.ndarray:
+        dtype = np.dtype(self.schema.columns[name])
+        whole = dtype.kind in "iu"
+        if values.shape != (count,) or (values.dtype.kind not in ("iu" if whole else "iuf") and count):
+            raise ValueError(
+                f"{self.path}: column {name}: {values.dtype} of shape {values.shape}; "
+                f"expected {'integers' if whole else 'numbers'} of shape ({count},)"
+            )
+        if whole and count and not (np.iinfo(dtype).min <= values.min() and values.max() <= np.iinfo(dtype).max):
+            raise ValueError(
+                f"{self.path}: column {name}: values {values.min()}..{values.max()}; expected those of {dtype}"
+            )
+        return np.array(values, dtype=dtype)
 
     def _check_room(self, batch: Samples) -> None:
         rows = {
@@ -162,7 +188,7 @@ class ShardWriter:
         """Write the other sections and the footer, make the file durable, give it its name. Idempotent."""
         if self.info is not None:
             return self.info
-        if self._file is None:
+        if not self._out.open:
             raise ValueError(f"{self.path}: the shard was abandoned after an error")
         try:
             self.info = self._finish()
@@ -172,72 +198,43 @@ class ShardWriter:
         return self.info
 
     def _finish(self) -> ShardInfo:
-        self._record("TOK", self.id_dtype, self._token_crc, format.PAGE, self.tokens * self.id_dtype.itemsize)
-        self._pad()
-        zero = np.zeros(1, dtype="<u4")
-        offsets = np.concatenate([zero, *self._columns["OFF"]])
-        self._section("OFF", offsets)
-        self._section("SEG", np.concatenate([np.zeros(0, dtype=format.SEGMENT), *self._columns["SEG"]]))
-        self._section("SEGO", np.concatenate([zero, *self._columns["SEGO"]]))
-        if self._has_runs:
-            self._section("RUN", np.concatenate([zero[:0], *self._columns["RUN"]]))
-            self._section("RUNO", np.concatenate([zero, *self._columns["RUNO"]]))
-        self._section("KEY", np.concatenate([np.zeros(0, dtype="<u8"), *self._columns["KEY"]]))
-        self._section("SCHEMA", np.frombuffer(format.canonical_json(self.schema.to_json()), dtype=np.uint8))
-        self._section("BCRC", self._blocks.result().astype("<u4"))
-        lengths = np.diff(offsets.astype(np.int64))
-        page = format.pack_footer(
-            Footer(
-                uuid=self.uuid,
-                file_bytes=self._written + format.PAGE,
-                samples=self.samples,
-                tokens=self.tokens,
-                min_id=self._min_id if self.tokens else 0,
-                max_id=self._max_id,
-                min_length=int(lengths.min(initial=format.MAX_SAMPLE)) if self.samples else 0,
-                max_length=int(lengths.max(initial=0)),
-                schema_hash=self.schema.hash,
-                histogram=length_histogram(lengths),
-                sections=self._sections,
-            )
+        self._plane("TOK")
+        if self.schema.labels:
+            self._flush("LBL")
+            self._plane("LBL")
+        lengths = np.diff(np.concatenate(self._parts["OFF"]).astype(np.int64))
+        for id in ("OFF", "SEG", "SEGO", *(("RUN", "RUNO") if self._has_runs else ()), "KEY"):
+            self._flush(id)
+        for name in self.schema.columns:
+            self._flush(f"COL.{name}", SectionFlag.OPTIONAL)
+        self._out.section("SCHEMA", np.frombuffer(format.canonical_json(self.schema.to_json()), dtype=np.uint8))
+        min_id, max_id = self._extremes or (0, 0)
+        footer = self._out.finish(
+            samples=self.samples,
+            tokens=self.tokens,
+            min_id=min_id,
+            max_id=max_id,
+            min_length=int(lengths.min()) if self.samples else 0,
+            max_length=int(lengths.max()) if self.samples else 0,
+            schema_hash=self.schema.hash,
+            histogram=length_histogram(lengths),
         )
-        self._write(page)
-        sync(self._file, self.path)
-        self._file.close()
-        self._file = None
-        replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
-        return format.shard_info(self.path)
+        return ShardInfo.of(self.path.name, footer)
 
-    def _section(self, id: str, data: np.ndarray) -> None:
-        self._record(id, data.dtype, crc32c(data.view(np.uint8)), self._written, data.nbytes)
-        self._write(data)
-        self._pad()
+    def _flush(self, id: str, flags: SectionFlag | int = 0) -> None:
+        """Write a section from its parts. Labels are as large as the tokens: they are not copied together."""
+        parts = self._parts.pop(id)
+        self._out.start(id, parts[0].dtype, flags)
+        for part in parts if id == "LBL" else [np.concatenate(parts)]:
+            self._out.extend(part)
 
-    def _record(self, id: str, dtype: np.dtype, crc: int, offset: int, size: int) -> None:
-        self._sections[id] = Section(id, dtype, 0, crc, offset, size, size // dtype.itemsize)
-
-    def _pad(self) -> None:
-        self._write(bytes(format.padded(self._written) - self._written))
-
-    def _write(self, data: np.ndarray | bytes) -> None:
-        data = memoryview(data if isinstance(data, bytes) else data.view(np.uint8))
-        try:
-            write(self._file, data, self.path)
-        except BaseException:  # a full disk: what is there is no longer what the checksums say
-            self.abort()
-            raise
-        self._blocks.update(data)
-        self._written += len(data)
+    def _plane(self, stream: str) -> None:
+        if self.store.plane:
+            self._out.section(f"{stream}{self.store.plane}", self._planes[stream].bytes())
 
     def abort(self) -> None:
         """Drop the unfinished shard and its temporary file."""
-        if self._file is not None:
-            with suppress(OSError):  # closing flushes, which fails again on a full disk
-                self._file.close()
-            self._file = None
-        if self.info is None:
-            self._temporary.unlink(missing_ok=True)
+        self._out.abort()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -249,7 +246,12 @@ class ShardWriter:
             self.abort()
 
 
-def length_histogram(lengths: np.ndarray) -> np.ndarray:
-    """u64[64]: samples per bin of format.LENGTH_EDGES."""
-    bins = np.searchsorted(format.LENGTH_EDGES, lengths, side="right") - 1
-    return np.bincount(bins, minlength=len(format.LENGTH_EDGES)).astype(np.uint64)
+def _store(path: Path, schema: Schema, name: str | None) -> Store:
+    if name is None:
+        return format.store_for(schema.vocab.size)
+    if name not in format.STORES:
+        raise ValueError(f"{path}: id store {name!r}; expected one of {', '.join(format.STORES)}")
+    store = format.STORES[name]
+    if store.capacity < schema.vocab.size:
+        raise ValueError(f"{path}: id store {name} does not hold ids up to {schema.vocab.size - 1}")
+    return store

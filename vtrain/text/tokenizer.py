@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -65,7 +65,8 @@ class TextTokenizer:
         """The ids of the parts joined to one text, cut where the parts meet; no special tokens in them.
 
         The BPE of a joined text is not the join of the parts' BPEs: a token that lies in two parts goes to the one in
-        which it begins. ValueError where the tokenizer does not keep the text (then nothing says where it was cut).
+        which it ends (the " a" of "ASSISTANT: " + "a" is what the model has to say). ValueError where the tokenizer
+        does not keep the text (then nothing says where it was cut).
         """
         if not parts:
             return []
@@ -75,17 +76,17 @@ class TextTokenizer:
             raise ValueError(
                 f"{text[:80]!r}: the tokenizer changes this text; its parts cannot be told apart in the ids"
             )
-        cuts, stop, begun = [0], 0, 0
+        cuts, stop = [0], 0
         for part in parts[:-1]:
             stop += len(part)
-            begun = bisect_left(range(len(ids)), stop, lo=begun, key=lambda k: self._reached(text, ids[:k]))
-            cuts.append(begun)
+            more = bisect_right(range(len(ids) + 1), stop, lo=cuts[-1], key=lambda k: self._touched(text, ids[:k]))
+            cuts.append(more - 1)
         return [ids[a:b] for a, b in pairwise([*cuts, len(ids)])]
 
-    def _reached(self, text: str, ids: Sequence[int]) -> int:
-        """How many characters of `text` these first ids of it are; one of which bytes are missing does not count."""
+    def _touched(self, text: str, ids: Sequence[int]) -> int:
+        """How many characters of `text` these first ids of it lie in; one of which bytes are missing counts."""
         decoded = self.decode(ids)
-        return len(decoded if text.startswith(decoded) else decoded.rstrip("\ufffd"))
+        return len(decoded) if text.startswith(decoded) else len(decoded.rstrip("\ufffd")) + 1
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_RATIO = 100  # of the sides of a picture
 
@@ -17,26 +18,30 @@ FILTERS = {
 }
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """The whole picture as RGB: alpha is dropped, not blended; grey is repeated; no EXIF rotation.
+def load_image(source: str | os.PathLike | bytes, name: str = "") -> Image.Image:
+    """The whole picture of a file (or its bytes) as RGB: alpha is dropped, not blended; grey is repeated; no EXIF
+    rotation.
 
-    ValueError names the file when it is missing, empty, truncated, broken, holds more than 8 bits per channel, or is
-    more than MAX_RATIO times as long as wide.
+    ValueError names the file (or `name`) when it is missing, empty, truncated, broken, holds more than 8 bits per
+    channel, or is more than MAX_RATIO times as long as wide.
     """
+    name = name or ("bytes" if isinstance(source, bytes) else str(source))
     try:
-        if os.path.getsize(path) == 0:
+        if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
             raise ValueError("the file is empty")
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if max(image.size) > MAX_RATIO * min(image.size):  # brought to size it would be larger still
                 raise ValueError(f"{image.width} x {image.height} pixels, expected sides of at most {MAX_RATIO} : 1")
             if image.mode.startswith(("I", "F")):  # PIL would clip these to white
                 raise ValueError(f"pixel mode {image.mode}, expected 8 bits per channel")
             return image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image file") from None
+        raise ValueError(f"{name}: no such image file") from None
+    except UnidentifiedImageError as error:  # its text may hold an address, and no two runs would report the same
+        raise ValueError(f"{name}: cannot read the image: cannot identify its format") from error
     except Exception as error:  # each of PIL's decoders raises what it likes on broken bytes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot read the image: {reason}") from error
+        raise ValueError(f"{name}: cannot read the image: {reason}") from error
 
 
 def center_crop_resize(image: Image.Image, resolution: int, filter: str = "bicubic") -> np.ndarray:

@@ -1,14 +1,11 @@
 // crc32c (Castagnoli, as iSCSI RFC 3720): the checksum of every file that vtrain writes.
 // x86 with SSE4.2 runs three interleaved lanes of the crc32 instruction, whose latency is 3 cycles and throughput 1.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+#include "crc32c.h"
 
 #include <array>
-#include <cstdint>
 #include <cstring>
 
-namespace py = pybind11;
-
+namespace vtrain {
 namespace {
 
 constexpr uint32_t kPoly = 0x82F63B78u;  // reflected 0x1EDC6F41
@@ -31,7 +28,7 @@ const Tables& tables() {
     return instance;
 }
 
-uint32_t crc_portable(uint32_t c, const uint8_t* p, size_t n) {
+uint32_t crc_tables(uint32_t c, const uint8_t* p, size_t n) {
     const auto& t = tables().t;
     for (; n >= 8; n -= 8, p += 8) {
         uint64_t v;
@@ -77,10 +74,14 @@ __attribute__((target("sse4.2"))) uint32_t crc_sse42(uint32_t crc, const uint8_t
     };
     for (; n >= 3 * kLane; n -= 3 * kLane, p += 3 * kLane) {
         uint64_t a = c, b = 0, d = 0;
-        for (size_t i = 0; i < kLane; i += 8) {
-            a = __builtin_ia32_crc32di(a, load(p + i));
-            b = __builtin_ia32_crc32di(b, load(p + kLane + i));
-            d = __builtin_ia32_crc32di(d, load(p + 2 * kLane + i));
+        for (size_t line = 0; line < kLane; line += 64) {
+            // The hardware's prefetcher stops at the end of a page, where every lane ends: ask for the next lanes.
+            for (size_t lane = 3; lane < 6; ++lane) __builtin_prefetch(p + lane * kLane + line);
+            for (size_t i = line; i < line + 64; i += 8) {
+                a = __builtin_ia32_crc32di(a, load(p + i));
+                b = __builtin_ia32_crc32di(b, load(p + kLane + i));
+                d = __builtin_ia32_crc32di(d, load(p + 2 * kLane + i));
+            }
         }
         c = multiply(multiply(static_cast<uint32_t>(a), shift) ^ static_cast<uint32_t>(b), shift) ^ d;
     }
@@ -91,68 +92,19 @@ __attribute__((target("sse4.2"))) uint32_t crc_sse42(uint32_t crc, const uint8_t
 }
 #endif
 
-uint32_t update(uint32_t value, const uint8_t* p, size_t n) {
-    uint32_t c = ~value;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("sse4.2")) return ~crc_sse42(c, p, n);
-#endif
-    return ~crc_portable(c, p, n);
-}
-
-struct Bytes {  // a contiguous read-only view of any buffer
-    explicit Bytes(const py::buffer& b) : info(b.request()) {
-        py::ssize_t expected = info.itemsize;
-        for (py::ssize_t i = info.ndim - 1; i >= 0; --i) {
-            if (info.shape[i] > 1 && info.strides[i] != expected)
-                throw py::value_error("crc32c: the buffer is not contiguous");
-            expected *= info.shape[i];
-        }
-    }
-    const uint8_t* data() const { return static_cast<const uint8_t*>(info.ptr); }
-    size_t size() const { return static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize); }
-    py::buffer_info info;
-};
-
 }  // namespace
 
-void bind_crc32c(py::module_& m) {
-    m.def(
-        "crc32c",
-        [](const py::buffer& data, uint32_t value) {
-            Bytes bytes(data);
-            py::gil_scoped_release release;
-            return update(value, bytes.data(), bytes.size());
-        },
-        py::arg("data"), py::arg("value") = 0,
-        "crc32c of a contiguous buffer, continuing from `value` (the crc of what came before).");
-    m.def(
-        "crc32c_portable",
-        [](const py::buffer& data, uint32_t value) {
-            Bytes bytes(data);
-            return ~crc_portable(~value, bytes.data(), bytes.size());
-        },
-        py::arg("data"), py::arg("value") = 0, "The table-driven twin of crc32c, for machines without SSE4.2.");
-    m.def(
-        "crc32c_combine",
-        [](uint32_t first, uint32_t second, uint64_t second_bytes) {
-            return multiply(first, shift_of(second_bytes)) ^ second;
-        },
-        py::arg("first"), py::arg("second"), py::arg("second_bytes"),
-        "crc32c of A+B from the crcs of A and B and the length of B.");
-    m.def(
-        "crc32c_blocks",
-        [](const py::buffer& data, size_t block) {
-            if (block == 0) throw py::value_error("crc32c_blocks: block must be positive");
-            Bytes bytes(data);
-            size_t n = (bytes.size() + block - 1) / block;
-            py::array_t<uint32_t> out(static_cast<py::ssize_t>(n));
-            uint32_t* o = out.mutable_data();
-            py::gil_scoped_release release;
-            for (size_t i = 0; i < n; ++i) {
-                size_t at = i * block, left = bytes.size() - at;
-                o[i] = update(0, bytes.data() + at, left < block ? left : block);
-            }
-            return out;
-        },
-        py::arg("data"), py::arg("block"), "crc32c of every block of `block` bytes (the last may be shorter) -> u32[n].");
+uint32_t crc32c(uint32_t value, const uint8_t* p, size_t n) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("sse4.2")) return ~crc_sse42(~value, p, n);
+#endif
+    return crc32c_portable(value, p, n);
 }
+
+uint32_t crc32c_portable(uint32_t value, const uint8_t* p, size_t n) { return ~crc_tables(~value, p, n); }
+
+uint32_t crc32c_combine(uint32_t first, uint32_t second, uint64_t second_bytes) {
+    return multiply(first, shift_of(second_bytes)) ^ second;
+}
+
+}  // namespace vtrain

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vtrain._host import crc32c
 from vtrain.data.images import ImageBatch, ImageLoader
-from vtrain.data.sources.image_folder import ImageFolder, Record
+from vtrain.data.schema import canonical_json
+from vtrain.data.sources import IndexedSource, Record, Skipped, open_indexed
 from vtrain.dist.comm import sum_over_ranks
 from vtrain.dist.fsdp import full, shard
 from vtrain.dist.mesh import World
@@ -35,26 +37,26 @@ class Plan:
     def __init__(self, settings: AutoencoderSettings) -> None:
         self.settings = settings
         self.config = AutoencoderConfig(**asdict(settings.model))
-        self.records = list(ImageFolder(settings.input.images, settings.input.captions))
+        given, held_out = settings.input, settings.eval
+        self.source = open_indexed(**given.options())
         self._check_readable()
-        held_out = settings.eval
-        self.eval_records = list(ImageFolder(held_out.images, held_out.captions)) if held_out.captions else []
+        self.eval_source: IndexedSource | None = None
+        if held_out.every:
+            options = given.options() | {"records": held_out.records, "images": held_out.images}
+            self.eval_source = open_indexed(**options)
 
     def _check_readable(self) -> None:
         """ValueError where not one image can be read: training would go on with nothing. Ends at the first good one."""
-        problems = []
-        for record in self.records:
+        first = ""
+        for record in self.source:
             try:
-                load_image(record.path)
+                _load(record)
                 return
             except (ValueError, OSError) as error:
-                problems.append(str(error))
-        raise ValueError(
-            f"input.captions {self.settings.input.captions}: not one of {len(problems)} images can be read; "
-            f"the first: {problems[0]}"
-        )
+                first = first or str(error)
+        raise ValueError(f"{self.source.describe()}: not one can be read; the first: {first}")
 
-    def loader(self, records: list[Record], rank: int = 0, world: int = 1) -> ImageLoader:
+    def loader(self, records: Sequence[Record | Skipped], rank: int = 0, world: int = 1) -> ImageLoader:
         train, source = self.settings.train, self.settings.input
         return ImageLoader(
             records,
@@ -78,14 +80,21 @@ class Plan:
                 f"model: {c.quantizer} autoencoder, {c.resolution}x{c.resolution} pixels -> {side}x{side} codes of "
                 f"{c.num_codes}, {parameters / 1e6:.2f} M parameters",
                 f"step: {train.images_per_step} images; {train.steps} steps, "
-                f"{train.steps * train.images_per_step / len(self.records):.1f} passes over {len(self.records)} images",
-                f"held out: {len(self.eval_records)} images",
+                f"{train.steps * train.images_per_step / len(self.source):.1f} passes over {len(self.source)} images",
+                f"held out: {len(self.eval_source or ())} images",
             ]
         )
 
 
-def _decode(record: Record, resolution: int, source: Images):
-    return center_crop_resize(load_image(record.path), resolution, source.filter)
+def _load(record: Record | Skipped) -> Image.Image:
+    if isinstance(record, Skipped):
+        raise ValueError(f"{record.name}: {record.reason}")
+    source = record.only_image()
+    return load_image(source, name=record.name if isinstance(source, bytes) else "")
+
+
+def _decode(record: Record, resolution: int, source: Images) -> np.ndarray:
+    return center_crop_resize(_load(record), resolution, source.filter)
 
 
 class AutoencoderTask:
@@ -99,7 +108,7 @@ class AutoencoderTask:
         self.settings, self.world = settings, world
         self.plan = plan or Plan(settings)
         self.dtype = compute_dtype(settings.parallel.dtype, world)
-        self.loader = self.plan.loader(self.plan.records, world.rank, world.size)
+        self.loader = self.plan.loader(self.plan.source, world.rank, world.size)
         self.step = 0
         self.steps: Iterator | None = None
         torch.manual_seed(settings.run.seed)
@@ -143,9 +152,10 @@ class AutoencoderTask:
     def show(self, step: int, averaged: Callable[[], AbstractContextManager]) -> None:
         """After an evaluation: the first held-out images above what is left of them, `out/reconstructions.png`."""
         every = self.settings.eval.every
-        if not self.plan.eval_records or not every or step % every:
+        if self.plan.eval_source is None or not every or step % every:
             return
-        loader = self.plan.loader(self.plan.eval_records[:SHOWN], 0, 1)
+        held_out = self.plan.eval_source
+        loader = self.plan.loader([held_out[i] for i in range(min(SHOWN, len(held_out)))], 0, 1)
         batch = next(loader.sequential()).to(self.world.device, self.dtype)
         images = batch.images[: batch.count]
         self.root.eval()
@@ -161,11 +171,11 @@ class AutoencoderTask:
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Means over the held-out images: the loss, its terms and the pixel errors."""
-        if not self.plan.eval_records:
+        if self.plan.eval_source is None:
             return {}
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for batch in self.plan.loader(self.plan.eval_records, self.world.rank, self.world.size).sequential():
+        for batch in self.plan.loader(self.plan.eval_source, self.world.rank, self.world.size).sequential():
             batch = batch.to(self.world.device, self.dtype)
             terms, stats = self.root(batch.images, batch.keys, batch.weights)
             parts = {"loss": sum(total * weight for total, weight in terms.values()), **stats}
@@ -174,7 +184,7 @@ class AutoencoderTask:
                 counts[name] = counts.get(name, 0.0) + batch.count
         total = sum_over_ranks([*sums.values(), *counts.values()])
         if not total[-1]:
-            raise ValueError(f"{self.settings.eval.captions}: not one held-out image could be read")
+            raise ValueError(f"{self.plan.eval_source.describe()}: not one held-out image could be read")
         return {"held out": {n: s / c for n, s, c in zip(sums, total, total[len(sums) :])}}
 
     def identity(self) -> dict:
@@ -185,11 +195,11 @@ class AutoencoderTask:
 
     def _data(self) -> dict:
         """What decides which images a step holds."""
-        keys = np.array([record.key for record in self.plan.records], dtype=np.uint64)
+        source = self.plan.source
         return {
             "run.seed": self.settings.run.seed,
             "train.images_per_step": self.settings.train.images_per_step,
-            "input.captions": f"{len(keys)} images, crc32c {crc32c(keys):08x}",
+            "input": f"{len(source)} images, crc32c {crc32c(canonical_json(source.fingerprint())):08x}",
         }
 
     def load_state(self, state: dict) -> None:

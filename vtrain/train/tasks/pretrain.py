@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,9 @@ import torch
 
 from vtrain.batch import PackedBatch
 from vtrain.data.compose import Composer, make_composer
-from vtrain.data.loader import Loader, Source, check_sources, sequential_batches
+from vtrain.data.loader import Loader, sequential_batches
+from vtrain.data.mix import Source, check_sources
+from vtrain.data.order import BlockOrder
 from vtrain.data.reader import Dataset
 from vtrain.describe import describe_batch
 from vtrain.dist.comm import sum_over_ranks
@@ -42,9 +44,22 @@ class Plan:
     def __init__(self, settings: PretrainSettings) -> None:
         self.settings = settings
         data = settings.data
-        self.sources = [Source(Dataset(s.path), s.weight, s.name, s.max_epochs or None) for s in data.sources]
+        self.sources = [
+            Source(
+                Dataset(s.path),
+                s.weight_schedule or s.weight,
+                s.name,
+                s.max_epochs or None,
+                composer=self.composer(s.composer) if s.composer else None,
+                order=BlockOrder(data.block, data.open_blocks) if data.order == "blocks" else None,
+            )
+            for s in data.sources
+        ]
         self.vocab: Vocabulary = self.sources[0].dataset.schema.vocab
-        self.eval_sources = [Source(Dataset(s.path), 1.0, s.name) for s in settings.eval.sources]
+        self.eval_sources = [
+            Source(Dataset(s.path), 1.0, s.name, composer=self.composer(s.composer, training=False))
+            for s in settings.eval.sources
+        ]
         check_sources(self.sources, self.vocab)
         for source in self.eval_sources:  # one by one: a held-out set may have the name of the set it was cut from
             check_sources([self.sources[0], Source(source.dataset, name=f"eval {source.name}")], self.vocab)
@@ -54,19 +69,21 @@ class Plan:
     def bins_per_step(self) -> int:
         return self.settings.train.tokens_per_step // self.settings.data.pack_tokens
 
-    def composer(self, *, training: bool = True) -> Composer:
-        """Evaluation keeps every caption."""
+    def composer(self, name: str = "", *, training: bool = True) -> Composer:
+        """The composer called `name`, data.composer unless given. Evaluation keeps every caption."""
         data = self.settings.data
-        options = {"seed": self.settings.run.seed}
-        if data.composer == "text_to_image":
+        name, options = name or data.composer, {"seed": self.settings.run.seed}
+        if name == "text_to_image":
             options |= {
                 "drop_caption": data.drop_caption if training else 0.0,
                 "text_weight": data.text_weight,
                 "max_caption_tokens": data.max_caption_tokens,
             }
-        return make_composer(data.composer, **options)
+        elif name == "chat":
+            options["train_on"] = data.train_on
+        return make_composer(name, **options)
 
-    def loader(self, rank: int = 0, world: int = 1, prepare=None) -> Loader:
+    def loader(self, rank: int = 0, world: int = 1, *, pinned: bool = False) -> Loader:
         data = self.settings.data
         return Loader(
             self.sources,
@@ -80,8 +97,10 @@ class Plan:
             world=world,
             overlong=data.overlong,
             prefetch=data.prefetch,
+            readahead=data.readahead,
+            pool=data.pool,
             linear_cost=6 * self.config.hidden,
-            prepare=prepare,
+            pinned=pinned,
         )
 
     def describe_batch(self, documents: int = 4) -> str:
@@ -103,7 +122,7 @@ class Plan:
             f"{train.steps} steps, {train.steps * train.tokens_per_step / 1e6:.1f} M tokens",
         ]
         for kind, sources in (("train", self.sources), ("eval", self.eval_sources)):
-            lines += [f"{kind} source {s.name}: {len(s.dataset)} samples, weight {s.weight:g}" for s in sources]
+            lines += [f"{kind} source {s.name}: {len(s.dataset)} samples, weight {_weight(s.weight)}" for s in sources]
         return "\n".join(lines)
 
 
@@ -119,7 +138,7 @@ class PretrainTask:
         self.vocab, self.config = self.plan.vocab, self.plan.config
         on_gpu = world.device.type == "cuda"
         self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device)) if on_gpu else None
-        self.loader = self.plan.loader(world.rank, world.size, PackedBatch.pin_memory if on_gpu else None)
+        self.loader = self.plan.loader(world.rank, world.size, pinned=on_gpu)
         self.steps: Iterator | None = None
         self.pictures: PictureDrawer | None = None
         if settings.sample.every:
@@ -155,7 +174,7 @@ class PretrainTask:
             self.steps = iter(self.loader)
         step = next(self.steps, None)
         if step is None:
-            done = self.loader.state_dict()["progress"]["step"]
+            done = self.loader.steps
             raise DataEnded(
                 f"the data ended after step {done}, which is saved: every source has reached its "
                 f"data.sources.N.max_epochs; train.steps={done} exports what was trained"
@@ -184,13 +203,13 @@ class PretrainTask:
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Mean loss per source, in all and per vocabulary range; every sample counts once over all ranks."""
-        return {s.name: self._evaluate_source(s.dataset) for s in self.plan.eval_sources}
+        return {s.name: self._evaluate_source(s.dataset, s.composer) for s in self.plan.eval_sources}
 
-    def _evaluate_source(self, dataset: Dataset) -> dict[str, float]:
+    def _evaluate_source(self, dataset: Dataset, composer: Composer) -> dict[str, float]:
         data, world = self.settings.data, self.world
         batches = sequential_batches(
             dataset,
-            self.plan.composer(training=False),
+            composer,
             self.vocab,
             pack_tokens=data.pack_tokens,
             max_documents=data.max_documents or None,
@@ -222,7 +241,7 @@ class PretrainTask:
         return {"loader": self.loader.state_dict()}
 
     def load_state(self, state: dict) -> None:
-        self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(state["loader"], strict=self.settings.data.strict)
         self.steps = None
 
     def export(self, folder: Path) -> None:
@@ -238,6 +257,11 @@ class PretrainTask:
             source = dataset.path / asset
             if source.is_dir():
                 copy_folder(source, folder / asset)
+
+
+def _weight(weight: float | Sequence[tuple[float, float]]) -> str:
+    """1.5, or a schedule by tokens: 0: 1, 1e+06: 0.5."""
+    return f"{weight:g}" if isinstance(weight, int | float) else ", ".join(f"{at:g}: {w:g}" for at, w in weight)
 
 
 def _decoder_config(settings: PretrainSettings) -> DecoderConfig:

@@ -1,0 +1,248 @@
+"""SimpleAR: an npy of codes and a text file of captions per picture, listed in meta files, mixes or folders.
+
+    meta    JSON list or JSONL of {"code_path": ..., "label_path": ...}
+    mix     YAML `datasets: [{json_path: meta, sampling_strategy: all | first:N | end:N | random:N}]`, N or P%
+    folder  NAME/512_codes/0.npy, 1.npy, ... and NAME/512_labels/0.npy, 1.npy, ...
+
+Codes are integers [1, 1, h, w]; labels are UTF-8 text, whatever their names end in: a caption per line.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vtrain._host import crc32c
+from vtrain.data.format import SEGMENT
+from vtrain.data.importers.base import (
+    BATCH_TOKENS,
+    VOCABULARY,
+    Batch,
+    Numbered,
+    Options,
+    SampleList,
+    foreign_ids,
+    load_array,
+    make_schema,
+    relative_names,
+    stable_key,
+)
+from vtrain.data.importers.json_records import Broken, JsonRecords
+from vtrain.data.samples import cumulative
+from vtrain.data.schema import Modality, Role
+from vtrain.data.sources.file_patterns import find_files
+from vtrain.rng import fold, uniform
+
+VISUAL = 64000  # codes of the Cosmos tokenizers
+CAPTIONS = ("whole", "short", "second")
+MAX_CAPTIONS = 256  # of a picture: shards number caption variants with a u8
+MAX_LABEL = 1 << 20  # bytes of a caption file; a larger one is no caption
+_STRATEGY = re.compile(r"(first|end|random):(\d+)(%?)")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture: how it is called in messages, its two files; or why there are none."""
+
+    name: str
+    code: Path = Path()
+    label: Path = Path()
+    problem: str = ""
+
+    @property
+    def key(self) -> int:
+        """Of dataset/512_codes/3.npy, which stays when the tree moves; the same from a meta file and from a folder."""
+        return stable_key(*self.code.parts[-3:]) if not self.problem else stable_key(self.name)
+
+
+class MetaFile:
+    """A meta file, or a part of it that a mix chooses."""
+
+    def __init__(self, path: Path, root: str | None, strategy: str = "all") -> None:
+        self.path, self.root = path, Path(root) if root else path.absolute().parent
+        self.records = JsonRecords(path)
+        self.chosen = _choose(strategy, len(self.records), path)
+        self.fingerprint = [path.stat().st_size, f"{self.records.crc:08x}", strategy]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, first: int, last: int) -> Iterator[Pair]:
+        chosen = self.chosen[first:last]
+        wanted = chosen if isinstance(chosen, range) else set(chosen.tolist())
+        for number, name, value in self.records.read(int(chosen[0]), int(chosen[-1]) + 1):
+            if number in wanted:
+                yield self._pair(name, value)
+
+    def _pair(self, name: str, value: object) -> Pair:
+        if isinstance(value, Broken):
+            return Pair(name, problem=value.reason)
+        paths = [value.get(key) if isinstance(value, dict) else None for key in ("code_path", "label_path")]
+        if not all(isinstance(path, str) and path for path in paths):
+            return Pair(name, problem="expected an object with code_path and label_path")
+        return Pair(name, *(self.root / path for path in paths))
+
+
+class CodesFolder:
+    """A folder with one `*_codes` folder and the `*_labels` beside it."""
+
+    def __init__(self, path: Path, total: int | None) -> None:
+        found = [path] if path.name.endswith("_codes") else sorted(path.glob("*_codes"))
+        if len(found) != 1:
+            raise ValueError(f"{path}: {len(found)} folders *_codes; expected one, or one of them named")
+        self.codes = found[0].absolute()
+        self.labels = self.codes.with_name(self.codes.name.removesuffix("codes") + "labels")
+        if not self.labels.is_dir():
+            raise ValueError(f"{self.labels}: no such folder; {self.codes.name} needs it")
+        names = (os.path.splitext(entry.name) for entry in os.scandir(self.codes))
+        numbers = np.array([int(stem) for stem, suffix in names if suffix == ".npy" and stem.isdecimal()], np.int64)
+        self.numbers = np.sort(numbers if total is None else numbers[numbers < total])
+        self.fingerprint = [len(self.numbers), f"{crc32c(self.numbers):08x}"]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, first: int, last: int) -> Iterator[Pair]:
+        for number in self.numbers[first:last].tolist():
+            name = f"{self.codes.name}/{number}.npy"
+            yield Pair(name, self.codes / f"{number}.npy", self.labels / f"{number}.npy")
+
+
+class SimpleAR(Numbered):
+    """inputs: meta files, mixes, folders. A sample is a text segment per caption variant, then the picture's codes.
+
+    captions: "whole" takes every line as a variant; "short" adds the first sentence where there is one line alone;
+    "second" takes of several lines the second only (SimpleAR trains on either of the last two). What a resumed import
+    compares are the lists: the pictures' own files are too many to be read twice.
+    """
+
+    takes = (*VOCABULARY, "root", "captions", "total")
+    noun = "pictures"
+
+    def __init__(self, inputs: Sequence[Path], options: Options) -> None:
+        if options.text_tokenizer is None:
+            raise ValueError("import simplear: no text-tokenizer; the captions are text")
+        self.captions = options.captions or CAPTIONS[0]
+        if self.captions not in CAPTIONS:
+            raise ValueError(f"import simplear: captions is {self.captions!r}; expected {', '.join(CAPTIONS)}")
+        self.schema, self.tokenizer = make_schema("simplear", options, visual=VISUAL)
+        self.assets = {"text_tokenizer": self.tokenizer}
+        self.lists: list[tuple[str, MetaFile | CodesFolder]] = []
+        for path, name in zip(inputs, relative_names(inputs)):
+            self.lists += [(f"{name}{inner}", found) for inner, found in _open(path, options)]
+        self.cu = cumulative([len(pairs) for _, pairs in self.lists])
+
+    def __len__(self) -> int:
+        return int(self.cu[-1])
+
+    def fingerprint(self) -> dict:
+        return {**{f"file {name}": pairs.fingerprint for name, pairs in self.lists}, "captions": self.captions}
+
+    def describe(self) -> str:
+        names = ", ".join(f"{name} ({len(pairs)})" for name, pairs in self.lists)
+        return f"simplear: {len(self)} pictures of {names}"
+
+    def read(self, first: int, last: int) -> Iterator[Batch]:
+        found = SampleList()
+        for (_, pairs), begin, end in zip(self.lists, self.cu[:-1].tolist(), self.cu[1:].tolist()):
+            low, high = max(first, begin) - begin, min(last, end) - begin
+            for pair in pairs.read(low, high) if low < high else ():
+                try:
+                    found.add(*self._sample(pair), pair.key)
+                except (ValueError, OSError) as error:
+                    found.skip(pair.key, pair.name, _reason(error))
+                if found.tokens >= BATCH_TOKENS:
+                    yield found.batch()
+                    found = SampleList()
+        yield found.batch()
+
+    def _sample(self, pair: Pair) -> tuple[list[np.ndarray], np.ndarray]:
+        if pair.problem:
+            raise ValueError(pair.problem)
+        codes = load_array(pair.code)
+        h, w = codes.shape[-2:] if codes.ndim >= 2 else (0, 0)
+        if not 0 < h * w == codes.size or max(h, w) >= 1 << 16:
+            raise ValueError(f"{pair.code}: shape {codes.shape}; expected (1, 1, h, w)")
+        visual = self.schema.vocab["visual"]
+        ids = codes.reshape(-1).astype(np.int64)
+        reasons = foreign_ids(ids, np.array([0, len(ids)]), 0, visual.size)
+        if reasons:
+            raise ValueError(f"{pair.code}: {reasons[0]}")
+        captions = self._variants(pair.label)
+        segments = np.zeros(len(captions) + 1, dtype=SEGMENT)
+        segments["variant"][:-1] = np.arange(len(captions))
+        segments["modality"][-1], segments["role"][-1] = Modality.IMAGE, Role.TARGET
+        segments["t"][-1], segments["h"][-1], segments["w"][-1] = 1, h, w
+        texts = [np.array(self.tokenizer.encode(caption), dtype=np.int64) for caption in captions]
+        return [*texts, ids + visual.base], segments
+
+    def _variants(self, path: Path) -> list[str]:
+        """The captions of a label file; none where it is blank."""
+        with open(path, "rb") as file:
+            data = file.read(MAX_LABEL + 1)
+        if len(data) > MAX_LABEL or data.startswith(b"\x93NUMPY"):
+            raise ValueError(f"{path}: an npy, or more than {MAX_LABEL} bytes; expected the text of captions")
+        lines = [line.strip() for line in data.decode("utf-8-sig").split("\n")]  # UnicodeDecodeError is a ValueError
+        lines = [line for line in lines if line]
+        if len(lines) > MAX_CAPTIONS:
+            raise ValueError(f"{path}: {len(lines)} captions; expected at most {MAX_CAPTIONS}")
+        if len(lines) > 1:
+            return lines[1:2] if self.captions == "second" else lines
+        sentence = lines[0].partition(".")[0] + "." if lines and "." in lines[0] else ""
+        return [*lines, sentence] if self.captions == "short" and sentence not in ("", *lines) else lines
+
+
+def _open(path: Path, options: Options) -> Iterator[tuple[str, MetaFile | CodesFolder]]:
+    """(what is added to the input's name, list) of all that an input names."""
+    if path.is_dir():
+        yield "", CodesFolder(path, options.total)
+    elif path.suffix in (".yaml", ".yml"):
+        for number, entry in enumerate(_read_mix(path)):
+            for name, meta in find_files(path.absolute().parent / entry["json_path"], (".json", ".jsonl")):
+                yield f"[{number}] {name}", MetaFile(meta, options.root, entry.get("sampling_strategy", "all"))
+    else:
+        yield "", MetaFile(path, options.root)
+
+
+def _read_mix(path: Path) -> list[dict]:
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(f"{path}: reading YAML needs pyyaml: pip install 'vtrain[data]'") from None
+    try:
+        entries = yaml.safe_load(path.read_bytes())["datasets"]
+        broken = next((e for e in entries if not isinstance(e, dict) or not isinstance(e.get("json_path"), str)), None)
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}; expected `datasets:` with a list") from None
+    if broken is not None:
+        raise ValueError(f"{path}: {broken}; expected json_path and sampling_strategy")
+    return entries
+
+
+def _choose(strategy: str, count: int, path: Path) -> range | np.ndarray:
+    """The record numbers that a strategy takes, rising; `random` depends on the file's name alone."""
+    match = _STRATEGY.fullmatch(str(strategy).replace(" ", ""))
+    if strategy == "all":
+        return range(count)
+    if match is None:
+        raise ValueError(f"{path}: sampling_strategy {strategy!r}; expected all, first:N, end:N or random:N, N or P%")
+    kind, number, percent = match.groups()
+    wanted = min(math.ceil(int(number) * count / 100) if percent else int(number), count)
+    if kind == "first":
+        return range(wanted)
+    if kind == "end":
+        return range(count - wanted, count)
+    draws = uniform(fold(0, "simplear", path.name), np.arange(count))
+    return np.sort(np.argsort(draws, kind="stable")[:wanted])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return f"not UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else str(error)
