@@ -21,7 +21,7 @@ GRACE_S = 10  # for a process that was sent a signal
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["__main__", "torch._dynamo", "vtrain.pretrain", "vtrain.extract", "vtrain.train.curve"]
+    ["__main__", "torch._dynamo", "vtrain.pretrain", "vtrain.extract", "vtrain.shards", "vtrain.train.curve"]
 )
 
 
@@ -38,7 +38,10 @@ class Ended:
 
 
 class Job:
-    """`python -m vtrain.<command> <arguments>` on some ranks, begun at once. Output goes to files beside `log`."""
+    """`python -m vtrain.<command> <arguments>` on some ranks, begun at once. Output goes to files beside `log`.
+
+    A command without settings is named by its module: `vtrain.shards`, or one of the tests', with main(arguments).
+    """
 
     def __init__(self, command: str, arguments: list[str], log: Path, *, ranks: int = 1, **environment: str) -> None:
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(ranks)]
@@ -121,7 +124,10 @@ def _child(command: str, arguments: list[str], log: str, environment: dict[str, 
     faulthandler.enable()
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which killed processes leave behind
     failpoints.activate()
-    config.run_command(COMMANDS[command], importlib.import_module(f"vtrain.{command}").main, arguments)
+    if command in COMMANDS:
+        config.run_command(COMMANDS[command], importlib.import_module(f"vtrain.{command}").main, arguments)
+    else:
+        sys.exit(importlib.import_module(command).main(arguments))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

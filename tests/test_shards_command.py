@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -231,7 +232,11 @@ def test_a_dataset_is_built_appended_to_merged_and_shuffled(dataset, tmp_path, c
     assert f"removed: .tmp-{'a' * 32}" in shown
     assert "generation 1, 2 samples in 1 shards" in shown
     assert main(["append", str(dataset), str(tmp_path / "later.vts")]) == 0
-    assert "generation 2, 5 samples in 2 shards" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "generation 2, 5 samples in 2 shards" in shown
+    assert "nothing new" not in shown
+    assert main(["append", str(dataset), str(tmp_path / "later.vts")]) == 0
+    assert "nothing new: the dataset has these shards already" in capsys.readouterr().out
     assert (dataset / "later.vts").samefile(tmp_path / "later.vts")
     assert main(["shuffle", str(dataset), "--out", str(tmp_path / "b"), "--seed", "3", "--samples-per-shard", "4"]) == 0
     assert main(["merge", str(dataset), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
@@ -337,3 +342,12 @@ def test_the_command_runs_as_a_module(dataset):
     )
     assert done.returncode == 1
     assert "0.vts: file: missing" in done.stdout
+
+
+def test_a_reader_that_stops_early_is_no_error(dataset, monkeypatch):
+    """`shards inspect ... | head -1`: the reader is gone before the last byte comes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:  # what is still buffered when it is closed must not fail, either
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["inspect", str(dataset), "--count", "0"]) == 0

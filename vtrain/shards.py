@@ -19,6 +19,7 @@ finds the samples it had. Any number of processes may work on one folder. `COMMA
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,8 @@ def run_inspect(path: Path, out: Path, count: int) -> int:
     captions = {i: describe_sample(source, i, text) for i in shown}
     image = load_if_there(load_image_tokenizer, folder / "image_tokenizer", source.schema.image_tokenizer)
     if image is None:
-        print(f"\nno contact sheet: {folder / 'image_tokenizer'} is not there")
+        missing = f"{folder / 'image_tokenizer'} is not there" if source.schema.image_tokenizer else "no picture codes"
+        print(f"\nno contact sheet: {missing}")
         return 0
     pictures = [(frames, captions[i]) for i in shown for frames in decode_pictures(source, i, image)]
     if not pictures:
@@ -195,11 +197,14 @@ def _print_generation(path: Path) -> None:
 
 
 def run_append(folder: Path, files: Sequence[Path], other: Path | None, copy: bool, twins: bool) -> int:
+    before = manifest.latest(folder) if folder.is_dir() else None
     with progress_bar("append", "shard") as progress:
         if other is not None:
             path = edit.append_datasets(folder, [other], copy=copy, twins=twins, progress=progress)
         else:
             path = edit.append_shards(folder, files, copy=copy, progress=progress)
+    if before is not None and before.path == path:
+        print("nothing new: the dataset has these shards already")
     _print_generation(path)
     return 0
 
@@ -330,7 +335,9 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "  import megatron PREFIX... --out F --text-vocab N            .bin + .idx, a sample per document\n"
         "  import nanogpt FILE... --out F --text-vocab N --eos ID      .bin of nanoGPT, llm.c, modded-nanogpt\n"
         "  import simplear META|MIX|FOLDER... --out F --text-tokenizer T    codes and captions of SimpleAR\n"
-        "  import beingvl FILE... --out F                              tokenized JSONL and npy grids of Being-VL\n\n"
+        "  import beingvl FILE... --out F                              tokenized JSONL and npy grids of Being-VL\n"
+        "  import image_folder|llava|parquet|vgt|webdataset RECORDS --out F --text-tokenizer T [--template NAME]\n"
+        "                                     texts become tokens, pictures lie beside them in the twin `image`\n\n"
         "A run that was killed goes on when it is started again. Records that cannot be taken are counted and listed\n"
         "in skipped.jsonl with the reason. To share the work, start the same command with --part 0 --parts 8, with\n"
         "--part 1 --parts 8, ... on any hosts that see the folder: the bytes are the same as of one process.",
@@ -437,7 +444,12 @@ def _add_shuffle(commands: argparse._SubParsersAction) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not fail at exit, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -198,8 +198,11 @@ class SlowPlan:
         most = max(w for s in self.sources for _, w in s.points)
         places = [self.places.setdefault(s.name, Place()) for s in self.sources]
         open_ = [s.max_epochs is None or p.epoch < s.max_epochs for s, p in zip(self.sources, places)]
-        raw = [slow_weight(s.points, most, self.tokens) if o else 0 for s, o in zip(self.sources, open_)]
-        shares = slow_shares(raw)
+        points = sorted(at for s, o in zip(self.sources, open_) if o for at, _ in s.points if at > self.tokens)
+        for tokens in (self.tokens, *points):  # where all that is scheduled for now has left, what comes next begins
+            shares = slow_shares([slow_weight(s.points, most, tokens) if o else 0 for s, o in zip(self.sources, open_)])
+            if any(shares):
+                break
         if not any(shares):
             return False
         chosen = max((p.deficit + w, -i) for i, (p, w) in enumerate(zip(places, shares)) if w)

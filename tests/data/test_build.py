@@ -163,6 +163,17 @@ def test_a_unit_is_made_by_one_process_at_a_time(tmp_path):
     assert build.finished(1) is not None
 
 
+def test_a_unit_that_is_made_again_while_others_publish_is_no_error(undisturbed, tmp_path):
+    """A part that was killed when all its units were noted starts again, and meets the end of the others."""
+    out, late = tmp_path / "out", a_build(tmp_path / "out")
+    assert not late.open()
+    assert make(out)
+    assert late.finished(1) is None
+    fill(late, 1)
+    assert late.finish(SCHEMA)
+    assert tree(out) == tree(undisturbed)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -185,6 +185,15 @@ def test_chat_by_hand():
     assert not composer.weighted(SCHEMA)
 
 
+@pytest.mark.parametrize("features", ["", "clip"])
+def test_ids_in_a_feature_segment_are_ids(features):
+    """Codes of a tower's own quantiser may stand there: the twin has no rows for them."""
+    sample = StoredSample([7, 8, 9], 5, [(2, Modality.FEATURE, Role.INPUT), (1, Modality.TEXT, ASSISTANT)])
+    sample.features["clip"] = [np.zeros((0, 3), np.float32)] * 2
+    [found] = documents(Chat(features=features), MemoryDataset([sample]), [0], 0)
+    assert (found.ids.tolist(), found.loss.tolist()) == ([7, 8, 9], [0, 0, 1])
+
+
 def test_chat_of_what_it_cannot_use():
     dataset = chats([[(USER, 2, 3)]])
     with pytest.raises(ValueError, match="chats: sample 0x64 has feature segments; chat expects the name of the twin"):

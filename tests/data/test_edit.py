@@ -103,6 +103,8 @@ def test_schemas_must_be_equal_and_the_difference_is_named(two, tmp_path):
             refused()
     with pytest.raises(ShardError, match="SCHEMA: sha256"):
         edit.append_shards(two[0], [tmp_path / "d" / "shard-00000.vts"])
+    with pytest.raises(ShardError, match="the same shard as"):
+        edit.merge([two[0], two[0]], tmp_path / "c")
     assert not (tmp_path / "c").exists()
     assert manifest.load(two[0]).generation == 1
 
@@ -223,6 +225,24 @@ def test_build_removes_leftovers_of_the_dead_alone(tmp_path):
     assert built.kept == sorted([".tmp-notes", living])
     assert (tmp_path / "living.vts").exists()
     assert edit.build(tmp_path).adopted == ["living.vts"]
+
+
+def test_leftovers_are_deleted_under_the_lock_that_a_new_writer_asks_for(tmp_path, monkeypatch):
+    """Else it could begin between the look and the deletion, and lose its file."""
+    write_shards(tmp_path, range(1, 2))
+    uuid = b"same shard".ljust(16)
+    (tmp_path / f".tmp-{uuid.hex()}").write_bytes(b"dead")
+    gone = tmp_path / f".tmp-{'f' * 32}"
+    gone.symlink_to("nothing")  # listed, and not there when it is opened: its writer has just finished
+
+    def delete(path: Path) -> None:
+        with pytest.raises(ShardError, match="another process is writing this file"):
+            ShardWriter(tmp_path / "new.vts", SCHEMA, uuid=uuid)
+        path.unlink()
+
+    monkeypatch.setattr(edit, "delete", delete)
+    built = edit.build(tmp_path)
+    assert (built.removed, built.kept) == ([f".tmp-{uuid.hex()}"], [gone.name])
 
 
 OPERATIONS = {

@@ -49,7 +49,7 @@ def test_samples_by_number(text, expected):
     assert exclude.parse(text).tolist() == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "3,", "5-4", "-1", "1..3", "0x3"])
+@pytest.mark.parametrize("text", ["", "a", "3,", "5-4", "-1", "1..3", "0x3", "1" * 19])
 def test_what_is_no_number_is_refused(text):
     with pytest.raises(ValueError, match="expected numbers and spans such as"):
         exclude.parse(text)
@@ -78,8 +78,8 @@ def test_samples_by_key(folder, monkeypatch):
     assert exclude.with_keys(dataset, np.zeros(0, dtype=np.uint64)).tolist() == []
     with pytest.raises(ValueError, match=r"2 keys are of no sample, the first is 0x1$"):
         exclude.with_keys(dataset, np.array([2, keys[0], 1], dtype=np.uint64))
-    for line in ("x", str(2**64), "-1", "1.5"):
-        file.write_text(f"1\n{line}\n")
+    for line in ("x", str(2**64), "-1", "1.5", "\xff"):
+        file.write_text(f"1\n{line}\n", "latin-1")
         with pytest.raises(ValueError, match=r"keys.txt:2: .* expected a 64-bit key"):
             exclude.read_keys(file)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vtrain._host import crc32c
+from vtrain.data import json_list
 from vtrain.data.importers import json_records as records
 from vtrain.data.importers.json_records import Broken, JsonRecords
 
@@ -26,7 +27,8 @@ VALUES = [
 @pytest.fixture(params=[1, 7, 64, 1 << 22])
 def small(request, monkeypatch):
     """Chunks of a few bytes, an index entry every third record."""
-    monkeypatch.setattr(records, "_CHUNK", request.param)
+    for module in (records, json_list):
+        monkeypatch.setattr(module, "_CHUNK", request.param)
     monkeypatch.setattr(records, "GRAIN", 3)
 
 
@@ -118,8 +120,8 @@ def test_an_element_that_is_not_utf8_is_for_the_caller(tmp_path):
 
 
 def test_what_is_no_json_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_CHUNK", 1 << 10)
-    monkeypatch.setattr(records, "MAX_ELEMENT", 1 << 14)
+    monkeypatch.setattr(json_list, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(json_list, "MAX_ELEMENT", 1 << 14)
     path = tmp_path / "meta.json"
     path.write_text('["' + "x" * (1 << 16))
     with pytest.raises(ValueError, match="not JSON"):

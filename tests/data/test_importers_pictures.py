@@ -190,6 +190,17 @@ def test_captions_and_pictures_of_tars(tokenizer, tmp_path):
     assert Dataset(tmp_path / "out").blobs("image").read([1])[0][1] == png(2)
 
 
+def test_a_pattern_names_many_tars(tokenizer, tmp_path):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"x-{number:03d}.tar", "w") as tar:
+            for name, data in ((f"{number}.png", png(number)), (f"{number}.txt", b"a cat.")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    run(tmp_path, tokenizer, tmp_path / "out", kind="webdataset", records="x-{000..001}.tar", template=None)
+    assert len(Dataset(tmp_path / "out")) == 2
+
+
 def test_what_cannot_be_imported_is_said(llava, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no text tokenizer; expected --text-tokenizer"):
         import_tokens("llava", [llava / "talk.jsonl"], tmp_path / "o", options=Options(text_vocab=9))
@@ -199,7 +210,7 @@ def test_what_cannot_be_imported_is_said(llava, tokenizer, tmp_path):
         )
     with pytest.raises(ValueError, match="chat template 'x'; expected one of"):
         run(llava, tokenizer, tmp_path / "o", template="x")
-    with pytest.raises(ValueError, match="7 of 7 records were skipped"):
+    with pytest.raises(ValueError, match=r"7 of 7 records were skipped; .* the first: turns and no --template"):
         run(llava, tokenizer, tmp_path / "none", template=None)
     with pytest.raises(ValueError, match="7 of 7 records were skipped"):  # </s> is there, Qwen's tokens are not
         run(llava, tokenizer, tmp_path / "qwen", template="qwen2")

@@ -102,6 +102,8 @@ def test_a_folder_has_the_keys_of_its_meta_file(tree, tmp_path, tokenizer):
         assert found.keys(everything).tolist() == listed.keys(everything).tolist()
         assert found.read(everything)[0].tolist() == listed.read(everything)[0].tolist()
     assert len(run([tree], tmp_path / "b", tokenizer, total=5)) == 5
+    for name in ("9" * 30, "007", "\u0663"):  # not numbers as SimpleAR writes them
+        (next(tree.glob("*_codes")) / f"{name}.npy").touch()
     moved = tree.rename(tmp_path / "sa1b")
     assert run([moved], tmp_path / "c", tokenizer).keys([3]).tolist() == listed.keys([3]).tolist()
 

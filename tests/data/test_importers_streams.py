@@ -296,7 +296,8 @@ def test_nanogpt_refusals(tmp_path):
     for options, said in (
         (Options(text_vocab=9), "give eos, the id between documents, or length"),
         (Options(text_vocab=9, eos=1, length=4), "give eos, the id between documents, or length"),
-        (Options(text_vocab=9, length=0), "length is 0; expected at least 1"),
+        (Options(text_vocab=9, length=0), r"length is 0; expected 1\.\."),
+        (Options(text_vocab=9, length=2**70), f"length is {2**70}; expected"),
         (Options(text_vocab=9, eos=1, eos_at="middle"), "eos-at is 'middle'; expected end or start"),
         (Options(text_vocab=9, eos=1), "3 bytes; expected u16 ids, an even number"),
         (Options(eos=1), "number of text ids is not known; give text-vocab or text-tokenizer"),

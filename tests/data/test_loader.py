@@ -15,7 +15,7 @@ from memory_dataset import SCHEMA, SPECIALS, VOCAB, MemoryDataset, StoredSample,
 
 from vtrain.batch import IGNORE, PackedBatch
 from vtrain.data import Dataset, LanguageModel, Loader, ShardWriter, Source, TextToImage, sequential_batches
-from vtrain.data.format import SEGMENT
+from vtrain.data.format import SEGMENT, SEGMENT_SPAN
 from vtrain.data.manifest import publish
 from vtrain.data.plan import Misfits
 from vtrain.vocab import Vocabulary
@@ -210,6 +210,8 @@ def test_raw_packs_hold_the_tokens_of_the_batches():
             assert torch.equal(pack.ids, batch.ids)
             assert torch.equal(pack.cu_seqlens, batch.cu_seqlens)
             assert pack.keys.tolist() == batch.doc_keys.numpy().view(np.uint64)[: batch.documents].tolist()
+    [step] = loader([Source(texts([5]), max_epochs=1)], raw=True, rank=4, world=5)
+    assert (step.batches[0].tokens, step.batches[0].segments.dtype) == (0, SEGMENT_SPAN)
     with pytest.raises(ValueError, match=r"source 'a': raw packs .* is text_to_image, expected language_model"):
         loader(composer=TextToImage(), raw=True)
     with pytest.raises(ValueError, match="raw packs have no tables"):
@@ -360,6 +362,14 @@ def test_sources_that_mean_different_things_are_refused():
         Loader(SOURCES, LanguageModel(), Vocabulary.of(text=9), pack_tokens=100, bins_per_step=1)
     with pytest.raises(ValueError, match="names repeat: a, a"):
         loader([SOURCES[0], SOURCES[0]])
+    with pytest.raises(ValueError, match=r"found a MemoryDataset; expected Source\(dataset\)"):
+        loader([texts([5])])
+    with pytest.raises(ValueError, match=r"composer 'chat'; expected make_composer\('chat'\)"):
+        loader([Source(texts([5]))], "chat")
+    with pytest.raises(ValueError, match=r"'shards/x': a path; expected Dataset\(path\)"):
+        Source("shards/x")
+    with pytest.raises(ValueError, match="order 'blocks'; expected a BlockOrder, StoredOrder or None"):
+        Source(texts([5]), order="blocks")
     with pytest.raises(ValueError, match="no data sources"):
         loader([])
 
@@ -377,6 +387,14 @@ def test_bad_sources_and_settings():
     }.items():
         with pytest.raises(ValueError, match=message):
             loader(**dict([options]))
+
+
+def test_states_are_json_whatever_the_settings_are_made_of():
+    numbers = Source(texts([5, 6]), np.float32(2), max_epochs=np.int64(3), tokens=(np.int64(0), np.uint8(9)))
+    options = {"pack_tokens": np.int32(100), "seed": np.int64(3), "bins_per_step": np.int64(5)}
+    state = loader([numbers], LanguageModel(seed=np.int64(1)), **options).state_dict()
+    plain = Source(texts([5, 6]), 2.0, max_epochs=3, tokens=(0, 9))
+    loader([plain], LanguageModel(seed=1)).load_state_dict(json.loads(json.dumps(state)))
 
 
 def test_states_of_other_runs_are_refused_by_name():

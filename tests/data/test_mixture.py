@@ -105,6 +105,13 @@ def test_ends_when_all_sources_are_finished():
     assert drawn.shape[1] == 7 + 12
 
 
+def test_a_source_that_is_scheduled_for_later_takes_over_when_the_others_have_left():
+    """Tokens stand still then, so its time would never come."""
+    later = [[(0, 0.0), (1000, 0.0), (1000, 1.0)], [(0, 0.0), (5000, 0.0), (9000, 3.0)]]
+    drawn = draws(sources([1, *later], [4, 4, 4], [1, 1, 1]), 100)
+    assert drawn[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_tiny_and_huge_weights():
     drawn = draws(sources([1e-12, 1e30], [50, 50]), 3000)
     assert set(drawn[0]) == {1}

@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 import threading
@@ -83,3 +84,32 @@ print(next(items), next(items))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 1\n", "")
+
+
+def test_the_garbage_collector_may_drop_it_in_its_own_thread(monkeypatch):
+    """A generator in a cycle of references is closed by whichever thread collects."""
+    noise, begun, dropped = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: noise.append(found.exc_value))
+
+    def numbers():
+        yield 0
+        begun.set()
+        assert dropped.wait(10)
+        gc.collect()
+        yield 1
+
+    items = prefetch(numbers(), 1)
+    assert next(items) == 0
+    [thread] = [t for t in threading.enumerate() if t.name == "prefetch"]
+    assert begun.wait(10)
+    gc.disable()
+    try:
+        cycle = [items]
+        cycle.append(cycle)
+        del items, cycle
+        dropped.set()
+        thread.join(10)
+    finally:
+        gc.enable()
+    assert not thread.is_alive()
+    assert noise == []

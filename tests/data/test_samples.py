@@ -117,10 +117,11 @@ def test_one_id_out_of_range_is_found_at_any_place_of_long_spans(data):
     spare = rng.integers(0, 2**16, data.draw(st.integers(0, 600)))  # what follows in the arrays
     plane = PlaneBytes(bits) if bits else None
     if plane:
-        plane.append(np.concatenate([ids, spare]).astype(np.int32))
+        both = np.concatenate([ids, spare]).astype(np.int32)
+        high = np.concatenate([plane.split(both, np.empty(len(both), np.uint16)), plane.rest()])
     stored = Ids(
         np.concatenate([ids, spare]).astype(dtype),
-        plane and plane.bytes(),
+        high if plane else None,
         bits,
         before,
         length,

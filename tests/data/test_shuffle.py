@@ -132,6 +132,9 @@ def test_a_failure_cleans_up_and_two_runs_exclude_each_other(source, tmp_path, m
     work.mkdir()
     descriptor = os.open(work, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for size in (-1, 2**70):
+        with pytest.raises(ValueError, match=f"samples per shard: {size}"):
+            shuffle.shuffle(source, tmp_path / "b", samples_per_shard=size)
     with pytest.raises(ShardError, match="another process is shuffling into it"):
         shuffle.shuffle(source, tmp_path / "b")
     os.close(descriptor)

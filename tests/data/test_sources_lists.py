@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vtrain.config import load
+from vtrain.data import json_list
 from vtrain.data.sources import KINDS, Record, Skipped, Turn, open_source
 from vtrain.data.sources.json_file import JsonFile
 from vtrain.data.sources.llava import Llava
@@ -88,7 +89,7 @@ def test_a_broken_line_is_skipped_and_a_broken_list_refused(tmp_path):
     assert [r.name for r in broken] == ["chat.jsonl:2", "chat.jsonl:3", "chat.jsonl:4"]
     assert all(r.reason.startswith("not JSON: ") for r in broken)
     (tmp_path / "chat.json").write_text("[1, ")
-    with pytest.raises(ValueError, match=r"chat.json: not JSON: Expecting value"):
+    with pytest.raises(ValueError, match=r"chat.json: byte 4: not JSON: Expecting value"):
         Llava(tmp_path, tmp_path / "chat.json")
     (tmp_path / "chat.json").write_text("[]")
     with pytest.raises(ValueError, match=r"chat.json: empty; expected conversations"):
@@ -100,6 +101,18 @@ def test_lines_in_a_file_called_json(tmp_path):
     file = JsonFile(tmp_path / "x.json")
     assert [file[i] for i in range(len(file))] == [{"a": 1}, {"a": 2}]
     assert file.name(1) == "x.json:3"
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_a_list_is_not_held_in_memory(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_list, "_CHUNK", chunk)
+    values = [{"a": "\u00e9 ] , ["}, [], None, 17, {"b": [{}]}]
+    path = tmp_path / "x.json"
+    path.write_text("\ufeff [" + " ,\n".join(json.dumps(v, ensure_ascii=False) for v in values) + "]\n", "utf-8")
+    file = JsonFile(path)
+    path.write_bytes(path.read_bytes().replace(b"17", b"23"))  # what is asked for is read then
+    assert [file[i] for i in reversed(range(len(file)))] == [{"b": [{}]}, 23, *values[2::-1]]
+    assert file.name(4) == "x.json[4]"
 
 
 def vgt(tmp_path: Path, **options) -> Vgt:

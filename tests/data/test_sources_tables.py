@@ -147,6 +147,15 @@ def test_mistakes(tmp_path):
         Table(tmp_path / "none.parquet")
 
 
+def test_a_text_that_is_not_utf8_is_no_crash(tmp_path):
+    buffers = [None, pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 3, 4))), pa.py_buffer(b"a\xff\xfeb")]
+    texts = pa.Array.from_buffers(pa.string(), 3, buffers)
+    path = write(tmp_path / "t.parquet", pa.table({"image": [b"x", b"y", b"z"], "caption": texts}))
+    *_, last = everything(Table(path))
+    assert isinstance(last, Skipped)
+    assert "utf-8" in last.reason
+
+
 @pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow"])
 def test_damaged_bytes_never_crash(name, tmp_path):
     """Refused, skipped or read as something else: tables carry no checksums that pyarrow asks for."""

@@ -91,6 +91,23 @@ def test_bad_texts_are_skipped(tmp_path):
     )
 
 
+def test_files_that_claim_to_be_huge_are_not_read(tmp_path):
+    """A sparse file is a map of a terabyte of zeros in one block."""
+    path = write_tar(tmp_path / "a.tar", [("0.png", b"p"), ("1.png", b"q" * 512), ("1.txt", b"t"), ("2.png", b"r")])
+    data = bytearray(path.read_bytes())
+    header = tarfile.TarInfo("1.png")
+    header.size, header.type = 512, tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[386:410], block[483:495] = b"%011o\0" % (2**33 - 512) + b"%011o\0" % 512, b"%011o\0" % (2**33 - 1)
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    at = data.index(b"1.png")
+    data[at : at + 512] = block
+    path.write_bytes(data)
+    first, huge, last = everything(WebDataset(path))
+    assert (first.images, last.images) == ((b"p",), (b"r",))
+    assert huge == Skipped("a.tar:1", f"png: {2**33 - 1} bytes; expected at most {2**30}")
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
 def test_units_cover_every_record_once(size, format, tmp_path):
@@ -249,6 +266,9 @@ def test_patterns(tmp_path):
     assert names("a/1.tar") == ["1.tar"]
     with pytest.raises(ValueError, match=r"c/1\.tar: no such file"):
         names("{a,c}/1.tar")
+    for pattern in ("a/{3..1}.tar", "[ab]"):
+        with pytest.raises(ValueError, match="no such file"):
+            names(pattern)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no \.tar file in this folder"):
         names("empty")

@@ -217,6 +217,7 @@ def test_a_shard_refuses_more_rows_than_its_offsets_can_count(tmp_path, monkeypa
         ({"offsets": [0, 3]}, "offsets: 2 numbers for 3 samples"),
         ({"segment_offsets": [0, 0, 0, 1]}, "segment_offsets: 4 numbers for 3 samples and 0 items"),
         ({"ids": np.zeros(3)}, "ids are float64"),
+        ({"keys": [1.0, 2.0, 3.0]}, "keys are float64"),
         ({"segments": np.zeros((0, 9), np.int64)}, "segments are int64"),
         ({"runs": np.zeros(3, np.uint32)}, "runs and run_offsets go together"),
         ({"runs": np.zeros(3, np.uint32), "run_offsets": [0, 1, 2, 9]}, "run_offsets"),

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from vtrain.data import sidecars
 from vtrain.data.format import ShardInfo, shard_info
 from vtrain.data.manifest import generations, load, locked, next_generation
 from vtrain.data.schema import Schema, canonical_json
@@ -140,6 +141,7 @@ class Build:
                 made = Making(writer)
                 yield made
             twins = beside(path) if beside else {}
+            (self.out / PROGRESS_FOLDER).mkdir(exist_ok=True)  # gone where others, who knew this unit, have published
             made.note = {"shard": asdict(writer.info), "twins": twins, "skipped": made.skipped}
             write_durably(self._note_file(unit), canonical_json(made.note))
 
@@ -162,11 +164,20 @@ class Build:
                 expected = "at least one that is usable" if skipped == total else f"at most {max_skipped} ({limit})"
                 raise ValueError(
                     f"{self.skipped_file}: {skipped} of {total} {records} were skipped; expected {expected}"
+                    f"{self._first_reason()}"
                 )
             if whole:
-                next_generation(self.out, None, schema, infos, skipped=skipped, twins=twins)
+                files = sidecars.measure(self.out, [self.identity_file.name, self.skipped_file.name, *self.assets])
+                next_generation(self.out, None, schema, infos, skipped=skipped, twins=twins, files=files)
                 self._tidy()
             return whole
+
+    def _first_reason(self) -> str:
+        """The end of a message about what was skipped: all of it often has the one reason."""
+        if not self.skipped_file.is_file():
+            return ""
+        with open(self.skipped_file, encoding="utf-8") as file:
+            return f"; the first: {json.loads(file.readline())['reason']}"
 
     def _check_folder(self) -> None:
         if self.identity_file.is_file():
@@ -187,7 +198,9 @@ class Build:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: not what {self.command} writes: {error}") from None
         if differences:
-            raise ValueError(f"{path}: the dataset was begun with other settings: {'; '.join(differences)}")
+            raise ValueError(
+                f"{path}: the dataset was begun with other settings: {'; '.join(differences)}; take another folder"
+            )
 
     def _complete(self) -> bool:
         """Whether a manifest lists every unit; ValueError where one was published that does not."""
@@ -266,4 +279,4 @@ class Build:
 
 def _shown(value: object) -> str:
     text = json.dumps(value)
-    return f"{text[:17]}.." if isinstance(value, str) and len(text) > 40 else text
+    return f'{text[:17]}.."' if isinstance(value, str) and len(text) > 40 else text

@@ -225,14 +225,14 @@ class Chat(_Named):
     def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> Pieces:
         segments, cu = dataset.segments(indices)
         sample_of = np.repeat(np.arange(len(indices)), np.diff(cu))
-        is_slot = segments["modality"] == Modality.FEATURE
+        is_slot = (segments["modality"] == Modality.FEATURE) & (segments["length"] == 0)
         start, count = segments["start"].astype(np.int32), segments["length"].astype(np.int32)
         bare = (np.diff(cu) == 0) & (dataset.lengths(indices) > 0)
         if bare.any():
             raise ValueError(_sample(dataset, indices, bare) + "has no segments; chat expects turns")
         if self.features:
             rows, _ = dataset.features(self.features).counts(indices)
-            stray = (rows > 0) & (~is_slot | (count > 0))
+            stray = (rows > 0) & ~is_slot
             if stray.any():
                 raise ValueError(
                     _sample(dataset, indices, sample_of[stray])

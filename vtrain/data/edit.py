@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vtrain.data import exclude, manifest
+from vtrain.data import exclude, manifest, sidecars
 from vtrain.data.build import PROGRESS_FOLDER
 from vtrain.data.format import Schema, ShardError, ShardInfo, shard_info
 from vtrain.data.manifest import Manifest
@@ -111,20 +111,23 @@ def _clear_dead(folder: Path) -> tuple[list[str], list[str]]:
     for path in sorted(folder.glob(".tmp-*")):
         streamed = bool(_TEMPORARY.fullmatch(path.name))
         under_lock = path.name.startswith(".tmp-manifest-") or path.suffix in (".vts", ".vtf")
-        if _is_dead(path) if streamed else under_lock:
+        if under_lock and not streamed:
             delete(path)
-            removed.append(path.name)
-        else:
+        elif not (streamed and _delete_dead(path)):
             kept.append(path.name)
+            continue
+        removed.append(path.name)
     return removed, kept
 
 
-def _is_dead(path: Path) -> bool:
-    with open(path, "rb") as file:
-        try:
+def _delete_dead(path: Path) -> bool:
+    """Delete the file of a writer that is dead. Under its lock: a writer that starts anew looks for that."""
+    try:
+        with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a living one has the lock, or the file system has none
-            return False
+            delete(path)
+    except OSError:  # a living one has the lock or has just finished, or the file system has no locks
+        return False
     return True
 
 
@@ -245,6 +248,7 @@ def _extend(
     carried: Sequence[Path] = (),
 ) -> Path:
     """Link the given shards and their twins into the folder and list them. excluded counts from the first of them."""
+    _check_new(folder, [], given)
     folder.mkdir(parents=True, exist_ok=True)
     with manifest.locked(folder):
         last = manifest.latest(folder)
@@ -269,6 +273,7 @@ def _extend(
             skipped=skipped + (last.skipped if last else 0),
             excluded=before if excluded is None else exclude.union(before, excluded + count),
             twins=_joined_twins(last, twins or {}, entries),
+            files=sidecars.measure(folder, CARRIED),
         )
 
 

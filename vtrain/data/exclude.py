@@ -63,7 +63,7 @@ def parse(text: str) -> np.ndarray:
     """Ranges of "3,17-20": numbers and spans with both ends."""
     found = []
     for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", piece)  # more digits do not fit int64
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"--samples {text}: {piece!r}; expected numbers and spans such as 3,17-20")
         found.append((int(match[1]), int(match[2] or match[1]) + 1))
@@ -73,7 +73,7 @@ def parse(text: str) -> np.ndarray:
 def read_keys(path: Path) -> np.ndarray:
     """u64[n]: the keys of a file with one a line, decimal or 0x..."""
     keys = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("latin-1").splitlines(), 1):  # any bytes: what is no key is named
         if not line.strip():
             continue
         try:

@@ -26,9 +26,11 @@ Versioning is by section: readers refuse a higher major and unknown sections tha
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -347,16 +349,11 @@ def _sections(table: np.ndarray, name: str, footer_offset: int, kind: Kind) -> d
     sections: dict[str, Section] = {}
     free = PAGE  # the first byte that no section has taken
     for raw_id, code, flags, crc, offset, size, count in table.tolist():
-        id = raw_id.decode("ascii", "replace")
-        dtype = DTYPES.get(code)
-        optional = bool(flags & SectionFlag.OPTIONAL)
-        expected = KNOWN[kind].get("COL." if id.startswith("COL.") else id)
+        id, dtype, problem = _section_kind(kind, raw_id, code, flags)
         if id in sections:
             raise ShardError(f"{name}: footer: section {id} stands twice in the table")
-        if expected is None and not optional:
-            raise ShardError(f"{name}: section {id}: unknown to this version of vtrain and not optional")
-        if expected is not None and dtype not in expected:
-            raise ShardError(f"{name}: section {id}: dtype code {code}; expected {_codes(expected)}")
+        if problem:
+            raise ShardError(f"{name}: section {id}: {problem}")
         if offset % PAGE or offset < free or offset + size + SPARE > footer_offset:
             raise ShardError(
                 f"{name}: section {id}: bytes {offset}..{offset + size}; expected a page boundary >= {free} "
@@ -367,6 +364,18 @@ def _sections(table: np.ndarray, name: str, footer_offset: int, kind: Kind) -> d
         sections[id] = Section(id, dtype, flags, crc, offset, size, count)
         free = padded(offset + size)
     return sections
+
+
+@lru_cache(maxsize=256)  # the same few in every shard of a dataset
+def _section_kind(kind: Kind, raw_id: bytes, code: int, flags: int) -> tuple[str, np.dtype | None, str]:
+    """(id, dtype, what is wrong or "") of a row of the section table."""
+    id, dtype = raw_id.decode("ascii", "replace"), DTYPES.get(code)
+    expected = KNOWN[kind].get("COL." if id.startswith("COL.") else id)
+    if expected is None and not flags & SectionFlag.OPTIONAL:
+        return id, dtype, "unknown to this version of vtrain and not optional"
+    if expected is not None and dtype not in expected:
+        return id, dtype, f"dtype code {code}; expected {_codes(expected)}"
+    return id, dtype, ""
 
 
 def _codes(dtypes: tuple[np.dtype, ...]) -> str:
@@ -429,21 +438,18 @@ def read_pages(path: Path | str, *kinds: Kind) -> tuple[Footer, int]:
 
     kinds: what the file may be, no kind = a shard.
     """
-    path = Path(path)
+    path = str(path)
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, 2)
         if size < 2 * PAGE or size % PAGE:
             raise ShardError(f"{path}: file: {size} bytes; expected whole pages of {PAGE}: empty or cut off")
-        file.seek(0)
-        head = file.read(PAGE)
-        file.seek(size - PAGE)
-        tail = file.read(PAGE)
-    uuid, block, kind = unpack_header(head, str(path))
+        head, tail = os.pread(file.fileno(), PAGE, 0), os.pread(file.fileno(), PAGE, size - PAGE)
+    uuid, block, kind = unpack_header(head, path)
     if kind not in (kinds or (Kind.SHARD,)):
         found = Kind(kind).name.lower() if kind in set(Kind) else kind
         expected = " or ".join(k.name.lower() for k in kinds or (Kind.SHARD,))
         raise ShardError(f"{path}: header: a file of kind {found}; expected {expected}")
-    footer = unpack_footer(tail, str(path), size, Kind(kind))
+    footer = unpack_footer(tail, path, size, Kind(kind))
     if footer.uuid != uuid:
         raise ShardError(f"{path}: footer: uuid {footer.uuid.hex()}, the header has {uuid.hex()}")
     blocks = -(-footer.sections["BCRC"].offset // block)

@@ -91,6 +91,8 @@ class Loader:
     ) -> None:
         _check_rank(rank, world)
         check_sources(sources, vocab)
+        if isinstance(composer, str):
+            raise ValueError(f"loader: composer {composer!r}; expected make_composer({composer!r})")
         self.sources, self.composer = list(sources), composer
         self.rank, self.world, self.bins_per_step, self.linear_cost = rank, world, bins_per_step, linear_cost
         self.prefetch, self.readahead, self.pinned, self.prepare = prefetch, readahead, pinned, prepare

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from vtrain._host import crc32c
+from vtrain.data import sidecars
 from vtrain.data.format import Footer, Kind, Schema, ShardError, ShardInfo, canonical_json, read_pages
 from vtrain.data.twins import TwinInfo, TwinMeta
 from vtrain.files import naming, write_durably
@@ -38,7 +39,7 @@ class Manifest:
     starts: int64[shards+1], the first sample of each shard; samples: all of them, the excluded ones too; excluded:
     int64[k,2], sorted [first, last) ranges of samples that nobody may read; twins: name -> {kind, dim, dtype, producer,
     files: the fields of a TwinInfo per shard, or None}; skipped: source records that were left out as unusable, parts:
-    what is counted in it of each part file."""
+    what is counted in it of each part file; files: checksums of the other files of the folder (sidecars.py)."""
 
     path: Path
     generation: int
@@ -53,6 +54,7 @@ class Manifest:
     excluded: np.ndarray
     twins: Mapping[str, dict] = field(default_factory=dict)
     parts: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -140,6 +142,7 @@ def _parse(path: Path, body: dict, digest: str) -> Manifest:
             excluded=_ranges(body.get("excluded", []), stated["samples"], path),
             twins=_twins(body.get("twins", {}), len(shards), path),
             parts={str(name): int(count) for name, count in body.get("parts", {}).items()},
+            files=sidecars.check(body.get("files", {}), str(path)),
         )
     except ShardError:
         raise
@@ -152,6 +155,7 @@ def _shard_info(row: dict, path: Path) -> ShardInfo:
     if sorted(row) != sorted(names):
         raise ShardError(f"{path}: shards: an entry has {', '.join(sorted(row))}; expected {', '.join(sorted(names))}")
     info = ShardInfo(**row)
+    typed = [type(value) for value in row.values()] == [type(row[name]) for name in row]
     if not _plain(info.file) or min(info.samples, info.tokens, info.bytes) < 0:
         raise ShardError(f"{path}: shards: entry {info}; expected a plain file name and counts >= 0")
     return info
@@ -178,6 +182,10 @@ def _twins(listed: Mapping[str, Mapping], shards: int, path: Path) -> dict[str, 
         if not _TWIN_NAME.fullmatch(name) or tuple(sorted(twin)) != _TWIN_KEYS:
             raise ShardError(f"{path}: twins: {name!r} with {', '.join(sorted(twin))}; expected {_TWIN_NAME.pattern} "
                              f"with {', '.join(_TWIN_KEYS)}")  # fmt: skip
+        types = [type(twin[key]) for key in ("kind", "dim", "dtype", "producer")]
+        if types != [str, int, str, str] or twin["kind"] not in ("features", "blobs") or twin["dim"] < 0:
+            raise ShardError(f"{path}: twins: {name}: {twin['kind']!r} of {twin['dim']!r} {twin['dtype']!r}; expected "
+                             f"features or blobs, numbers per row, their dtype")  # fmt: skip
         files = [asdict(entry) if is_dataclass(entry) else entry for entry in twin["files"]]
         if len(files) > shards or not all(entry is None or _plain(entry.get("file")) for entry in files):
             raise ShardError(f"{path}: twins: {name}: {len(files)} files; expected a plain file name or null for each "
@@ -251,8 +259,10 @@ def next_generation(
     excluded: Sequence[tuple[int, int]] | np.ndarray | None = None,
     twins: Mapping[str, Mapping] | None = None,
     parts: Mapping[str, int] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
-    """`publish` for one who holds the lock and has the latest generation; parts: as in Manifest, None = as before."""
+    """`publish` for one who holds the lock and has the latest generation; parts: as in Manifest, None = as before;
+    files: other files of the folder that are to be listed (sidecars.measure), those that are listed stay."""
     folder, shards = Path(folder), list(shard_infos)
     known = _kept(last, schema, shards)
     _check_shards(folder, schema, shards, known)
@@ -273,6 +283,7 @@ def next_generation(
         "excluded": _ranges(excluded, samples, folder).tolist(),
         "twins": _twins({**old_twins, **(twins or {})}, len(shards), folder),
         "parts": dict(parts if parts is not None else last.parts if last else {}),
+        "files": {**(files or {}), **(last.files if last else {})},
     }
     for name, twin in optional["twins"].items():
         _check_twin(folder, name, twin, shards, old_twins.get(name))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,11 +41,15 @@ class Source:
     order: BlockOrder | StoredOrder | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, (str, PathLike)):
+            raise ValueError(f"source {self.dataset!r}: a path; expected Dataset(path)")
         self.name = self.name or self.dataset.name
         if not len(self.dataset):
             raise ValueError(f"source {self.name!r}: the dataset {self.dataset.name} is empty")
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ValueError(f"source {self.name!r}: max_epochs is {self.max_epochs}; expected >= 1 or None")
+        if not (self.order is None or isinstance(self.order, (BlockOrder, StoredOrder))):
+            raise ValueError(f"source {self.name!r}: order {self.order!r}; expected a BlockOrder, StoredOrder or None")
         at = [point for point, _ in self.points]
         if not at or at != sorted(at) or any(a == c for a, c in zip(at, at[2:])):
             raise ValueError(
@@ -90,6 +95,9 @@ def check_sources(sources: Sequence[Source], vocab: Vocabulary) -> None:
     """ValueError unless all sources mean the same by their ids; names both and the fields that differ."""
     if not sources:
         raise ValueError("no data sources; expected at least one")
+    for source in sources:
+        if not isinstance(source, Source):
+            raise ValueError(f"data sources: found a {type(source).__name__}; expected Source(dataset)")
     names = [s.name for s in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"data sources: names repeat: {', '.join(names)}")
@@ -108,9 +116,7 @@ def fixed_points(sources: Sequence[Source]) -> list[tuple[list[int], list[int]]]
     weights = [w for source in sources for _, w in source.points]
     shown = f"mixture weights {[s.weight for s in sources]}"
     if not weights or min(weights) < 0 or not math.isfinite(sum(weights)) or max(weights) <= 0:
-        raise ValueError(
-            f"mixture weights {[s.weight for s in sources]}: expected finite numbers >= 0, one of them > 0"
-        )
+        raise ValueError(f"{shown}: expected finite numbers >= 0, one of them > 0")
     times = sorted({at for source in sources for at, _ in source.points})
     between = [times[0] - 1, *((a + b) / 2 for a, b in pairwise(times)), times[-1] + 1]
     if not np.all(sum(np.interp(between, *zip(*source.points)) for source in sources) > 0):
@@ -123,7 +129,9 @@ def fixed_points(sources: Sequence[Source]) -> list[tuple[list[int], list[int]]]
 
 
 def plain(value: Any) -> Any:
-    """As it comes back from JSON: tuples as lists."""
+    """As it comes back from JSON: tuples as lists, numbers of numpy as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, dict):
         return {str(name): plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -17,7 +17,7 @@ MOST_WAITING = 1 << 24  # what a state may unpack to: far beyond any pool
 def spell_waiting(table: np.ndarray) -> str:
     """base64 of int64[5, n]. Epochs and positions are stored as steps from the sample of that source before: small."""
     rows = np.array(table, dtype="<i8", order="C")
-    for source in np.unique(rows[SOURCE]):
+    for source in set(rows[SOURCE].tolist()):  # np.unique imports numpy.ma at its first call: 5 ms
         own = np.flatnonzero(rows[SOURCE] == source)
         rows[EPOCH : POSITION + 1, own[1:]] -= table[EPOCH : POSITION + 1, own[:-1]]
     planes = np.ascontiguousarray(rows.view(np.uint8).reshape(-1, 8).T)  # byte k of all numbers
@@ -35,7 +35,7 @@ def read_waiting(text: str) -> np.ndarray:
         raise ValueError(f"loader state: the waiting samples are {len(data)} bytes; expected whole ones of 40")
     planes = np.frombuffer(data, np.uint8).reshape(8, len(data) // 8)
     rows = np.ascontiguousarray(planes.T).view("<i8").reshape(5, len(data) // 40).astype(np.int64)
-    for source in np.unique(rows[SOURCE]):
+    for source in set(rows[SOURCE].tolist()):
         own = np.flatnonzero(rows[SOURCE] == source)
         rows[EPOCH : POSITION + 1, own] = np.cumsum(rows[EPOCH : POSITION + 1, own], axis=1)
     return rows

@@ -48,7 +48,8 @@ def prefetch(items: Iterable[Item], ahead: int) -> Iterator[Item]:
     def shut_down() -> None:
         stop.set()
         slots.release()
-        thread.join()
+        if thread is not threading.current_thread():  # the garbage collector may run in it, and drop this generator
+            thread.join()
 
     # A generator left in a global is finalised after daemon threads are frozen, too late to join: hence atexit.
     atexit.register(shut_down)

@@ -12,6 +12,7 @@ import torch
 
 from vtrain.batch import Take, fresh, seqlen_bucket
 from vtrain.data.assemble import chosen_documents, groups
+from vtrain.data.format import SEGMENT_SPAN
 from vtrain.data.samples import cumulative, pack_runs, ragged, unpack_runs
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ class RawAssembler:
             map(seqlen_bucket, longest.tolist()),
             _split(lengths, first),
             _split(keys, first),
-            *_split_ragged(_merged(segments, n), first),
-            *_split_ragged(_merged(runs, n), first),
+            *_split_ragged(_merged(segments, n, SEGMENT_SPAN), first),
+            *_split_ragged(_merged(runs, n, np.dtype(np.uint32)), first),
             tokens.tolist(),
         )
         return [RawPack(*pack) for pack in zip(*parts)]
@@ -111,7 +112,7 @@ def _split_ragged(table: Ragged, first: np.ndarray) -> tuple[list[np.ndarray], l
     return _split(flat, cu[first]), _split(bounds, cumulative(counts))
 
 
-def _merged(parts: list[tuple[np.ndarray, Ragged]], n: int) -> Ragged:
+def _merged(parts: list[tuple[np.ndarray, Ragged]], n: int, dtype: np.dtype) -> Ragged:
     """Ragged rows of groups of documents in the order of all documents."""
     if len(parts) == 1:
         return parts[0][1]
@@ -119,7 +120,7 @@ def _merged(parts: list[tuple[np.ndarray, Ragged]], n: int) -> Ragged:
     for places, (_, cu) in parts:
         counts[places] = np.diff(cu)
     cu = cumulative(counts)
-    flat = np.empty(cu[-1], dtype=parts[0][1][0].dtype if parts else np.uint32)
+    flat = np.empty(cu[-1], dtype=dtype)
     for places, (rows, _) in parts:
         flat[ragged(cu[places], counts[places])] = rows
     return flat, cu

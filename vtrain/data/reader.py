@@ -8,8 +8,6 @@ flat[cu[i]:cu[i+1]]. Reading releases the GIL and may be done from many threads.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -39,17 +37,12 @@ class SampleReader:
     path: Path
     schema: Schema
 
-    def _prepare(self, columns: Mapping[str, np.dtype], starts: np.ndarray) -> None:
-        """columns: section id -> dtype of what is stored once per sample; starts: int64[shards+1], first samples."""
-        self._columns = dict(columns)
-        sizes = [(id, dtype.itemsize) for id, dtype in self._columns.items()]
-        self._table = ShardTable(str(self.path), starts.tolist(), sizes)
+    _columns: dict[str, np.dtype]  # section id -> dtype of what is stored once per sample
+    _table: ShardTable
 
-    def _attach(self, number: int, shard: Shard) -> None:
-        sections = [
-            (s.id, s.offset, s.bytes, s.dtype.itemsize) for s in shard.footer.sections.values() if s.dtype is not None
-        ]
-        self._table.attach(number, str(shard.path), shard.data, sections, shard.footer.max_id)
+    def _new_table(self, starts: list[int]) -> ShardTable:
+        """starts: the first sample of each shard, and the end."""
+        return ShardTable(str(self.path), starts, [(id, dtype.itemsize) for id, dtype in self._columns.items()])
 
     def _asked(self, indices: np.ndarray) -> np.ndarray:
         """int64[n] sample numbers that the table can answer."""
@@ -131,9 +124,23 @@ class Shard(SampleReader):
         self.path = Path(path)
         self.footer, self.block = pages or read_pages(self.path)
         self.data = map_file(str(self.path), self.footer.file_bytes)
+
+    @cached_property
+    def _columns(self) -> dict[str, np.dtype]:
         columns = {s.id: s.dtype for s in self.footer.sections.values() if s.id.startswith("COL.") and s.dtype}
-        self._prepare({**KEYS, **columns}, np.array([0, self.footer.samples]))
-        self._attach(0, self)
+        return {**KEYS, **columns}
+
+    @cached_property
+    def _table(self) -> ShardTable:
+        table = self._new_table([0, self.footer.samples])
+        self.attach_to(table, 0)
+        return table
+
+    def attach_to(self, table: ShardTable, number: int) -> None:
+        """Make it shard `number` of a table; ShardError if a section that readers use is not what it must be."""
+        known = [s for s in self.footer.sections.values() if s.dtype is not None]
+        sections = [(s.id, s.offset, s.bytes, s.dtype.itemsize) for s in known]
+        table.attach(number, str(self.path), self.data, sections, self.footer.max_id)
 
     def __len__(self) -> int:
         return self.footer.samples
@@ -163,10 +170,10 @@ class Dataset(SampleReader):
             if not _is_listed(f"{self.path}/{info.file}", info):
                 manifest.check_listed(self.path / info.file, info, self.schema)  # tells what is wrong
         columns = {f"COL.{name}": np.dtype(dtype) for name, dtype in self.schema.columns.items()}
-        self._prepare({**KEYS, **columns}, self.manifest.starts)
+        self._columns = {**KEYS, **columns}
+        self._table = self._new_table(self.manifest.starts.tolist())
         self._shards: dict[int, Shard] = {}
         self._twins: dict[tuple[str, str], FeatureColumn | BlobColumn] = {}
-        self._opening = threading.Lock()
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -188,15 +195,15 @@ class Dataset(SampleReader):
         return self.manifest.dataset
 
     def shard(self, number: int) -> Shard:
-        """The shard at a place of the manifest, opened once."""
-        with self._opening:
-            if number not in self._shards:
-                info = self.manifest.shards[number]
-                path = self.path / info.file
-                shard = Shard(path, manifest.check_listed(path, info, self.schema))
-                self._attach(number, shard)
-                self._shards[number] = shard
-            return self._shards[number]
+        """The shard at a place of the manifest. Two threads may both open it, and one of the two stays: a lock could be
+        held for ever in a process that is forked meanwhile."""
+        if number not in self._shards:
+            info = self.manifest.shards[number]
+            path = self.path / info.file
+            shard = Shard(path, manifest.check_listed(path, info, self.schema))
+            shard.attach_to(self._table, number)
+            self._shards.setdefault(number, shard)
+        return self._shards[number]
 
     @property
     def shards(self) -> list[Shard]:

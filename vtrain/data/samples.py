@@ -54,15 +54,6 @@ def ragged(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - cu[:-1], lengths) + np.arange(cu[-1])
 
 
-def segment_lengths(starts: np.ndarray, segment_cu: np.ndarray, sample_lengths: np.ndarray) -> np.ndarray:
-    """int64[M] tokens of each segment: up to the next start of the sample or the sample's end. Negative = broken."""
-    stops = np.empty(len(starts), dtype=np.int64)
-    stops[:-1] = starts[1:]
-    filled = np.diff(segment_cu) > 0
-    stops[segment_cu[1:][filled] - 1] = sample_lengths[filled]
-    return stops - starts
-
-
 def pack_runs(lengths: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """u32[R] loss runs as they are stored; a run has at most 2**24 - 1 tokens."""
     lengths = np.asarray(lengths, dtype=np.int64)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vtrain.data import exclude, manifest
-from vtrain.data.format import SEGMENT, ShardError, ShardInfo, canonical_json
+from vtrain.data import exclude, manifest, sidecars
+from vtrain.data.format import MAX_ROWS, SEGMENT, ShardError, ShardInfo, canonical_json
 from vtrain.data.order import Order
 from vtrain.data.reader import Dataset
 from vtrain.data.samples import cumulative, ragged
@@ -48,6 +48,8 @@ def shuffle(
 
     samples_per_shard: 0 = shards of about 256 MB. Returns the manifest; the one that is there if `out` is this already.
     """
+    if not 0 <= samples_per_shard <= MAX_ROWS:
+        raise ValueError(f"samples per shard: {samples_per_shard}; expected 1..{MAX_ROWS}, or 0")
     dataset, out = Dataset(source), Path(out)
     listed = dataset.manifest
     if listed.twins and not drop_twins:
@@ -65,10 +67,11 @@ def shuffle(
     with _work_folder(out) as work:
         _scatter(dataset, kept, order, size, work, steps)
         infos = [_write_shard(dataset, work, number, uuid, steps) for number, uuid in enumerate(uuids)]
-        manifest.publish(work, dataset.schema, infos, skipped=listed.skipped)
         for name in ASSETS:
             if (dataset.path / name).is_dir():
                 copy_folder(dataset.path / name, work / name)
+        files = sidecars.measure(work, ASSETS)
+        manifest.next_generation(work, None, dataset.schema, infos, skipped=listed.skipped, files=files)
         sync_folder(work)
         replace(work, out)
     sync_folder(out.parent)

@@ -117,8 +117,8 @@ class Stats:
 def measure(dataset: Dataset, pack_tokens: Sequence[int] = (), progress: Progress | None = None) -> Stats:
     """Read lengths, segments and keys of all samples that are not excluded, and forecast bins of these sizes."""
     for budget in pack_tokens:
-        if budget < 1:
-            raise ValueError(f"pack_tokens: {budget}; expected at least 1")
+        if not 1 <= budget <= 2**27:  # what the packer takes
+            raise ValueError(f"pack_tokens: {budget}; expected 1..{2**27}")
     listed = dataset.manifest
     kept = exclude.without(np.array([[0, len(dataset)]]), listed.excluded)
     lengths, modalities, kinds = _contents(dataset, kept, progress)

@@ -76,7 +76,7 @@ def _draw_balance(axes, stats: Stats) -> None:
     width = 0.8 / len(RANKS)
     for n, ranks in enumerate(RANKS):
         excess = [100 * (f.imbalance.get(ranks, 1.0) - 1) for f in stats.forecasts]
-        labels = [f"{e:.2f}" if ranks in f.imbalance else "too few bins" for e, f in zip(excess, stats.forecasts)]
+        labels = [f"{e:.2f}" if ranks in f.imbalance else "too\nfew\nbins" for e, f in zip(excess, stats.forecasts)]
         bars = axes.bar(places + (n - (len(RANKS) - 1) / 2) * width, excess, width * 0.9, label=f"{ranks} ranks")
         axes.bar_label(bars, labels=labels, padding=3, fontsize=8)
     axes.set_xticks(places, [str(f.pack_tokens) for f in stats.forecasts])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vtrain._host import Ids, all_zero, crc32c, crc32c_blocks, crc32c_combine, length_histogram, map_file
-from vtrain.data import manifest
+from vtrain.data import manifest, sidecars
 from vtrain.data.container import read_schema, view
 from vtrain.data.format import LENGTH_EDGES, PAGE, Footer, Kind, Schema, Section, ShardError, read_pages
 from vtrain.data.manifest import Manifest
@@ -26,7 +26,8 @@ WINDOW = 1 << 16  # samples looked into at once, at most: what is copied for the
 def verify(path: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:
     """Check every byte of a shard or twin, or of all of a folder with its manifests; the problems, one line each.
 
-    In a folder every generation is read, and shards and twins that no manifest lists are checked too.
+    In a folder every generation is read, and shards and twins that no manifest lists are checked too, as are the other
+    files that the latest one lists.
     progress(done, total) is called with bytes.
     """
     path = Path(path)
@@ -79,6 +80,8 @@ def _verify_manifests(folder: Path, problems: list[str]) -> set[str]:
             except (ShardError, OSError) as error:
                 problems.append(str(error))
         listed |= _verify_twins(found, seen, problems)
+        if path == generations[-1]:
+            problems += sidecars.problems(folder, found.files)
     return listed
 
 

@@ -5,7 +5,7 @@ A killed writer leaves `.tmp-<uuid>` and nothing else; a shard of the same name 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from vtrain.data import format
 from vtrain.data.container import ContainerWriter
 from vtrain.data.format import Kind, Schema, SectionFlag, ShardError, ShardInfo, Store
 from vtrain.data.samples import Samples, check_samples
+
+PIECE = 1 << 17  # ids that are converted, written and summed at a time: they stay in the second cache
 
 
 class ShardWriter:
@@ -46,7 +48,10 @@ class ShardWriter:
             "LBL": [np.zeros(0, dtype=self.store.dtype)],
             **{f"COL.{name}": [np.zeros(0, dtype=dtype)] for name, dtype in schema.columns.items()},
         }
+        for stream in ("TOK", "LBL") if self.store.plane else ():
+            self._parts[self._plane_id(stream)] = [np.zeros(0, dtype=np.uint8)]
         self._planes = {stream: PlaneBytes(self.store.plane) for stream in ("TOK", "LBL") if self.store.plane}
+        self._piece = np.empty(PIECE, dtype=self.store.dtype)
         self._out = ContainerWriter(self.path, uuid, Kind.SHARD, bytes(uuid).hex())
         self._out.start("TOK", self.store.dtype)
 
@@ -80,9 +85,10 @@ class ShardWriter:
         if extremes:
             low, high = self._extremes or extremes
             self._extremes = min(low, extremes[0]), max(high, extremes[1])
-        self._out.extend(self._stored("TOK", batch.ids))
+        for piece in self._stored("TOK", batch.ids):
+            self._out.extend(piece)
         if batch.labels is not None:
-            self._parts["LBL"].append(self._stored("LBL", batch.labels))
+            self._parts["LBL"] += map(np.copy, self._stored("LBL", batch.labels))
         self._keep(batch, values)
         self.tokens += len(batch.ids)
         self.samples += len(batch.keys)
@@ -103,15 +109,28 @@ class ShardWriter:
             self._rows["RUN"] += len(batch.runs)
             self._has_runs = True
 
-    def _stored(self, stream: str, ids: np.ndarray) -> np.ndarray:
-        """What the section TOK or LBL gets of legal ids; the bits above go to its plane."""
-        if self.store.plane:
-            self._planes[stream].append(np.ascontiguousarray(ids, dtype=np.int32))
-        return ids.astype(self.store.dtype)  # wraps: the low bits
+    def _stored(self, stream: str, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """What the section TOK or LBL gets of legal ids, PIECE at a time; the bits above go to its plane.
+
+        A view, which holds until the next one is asked for.
+        """
+        dtype = self.store.dtype
+        if not self.store.plane and ids.dtype in (dtype, np.dtype(f"<i{dtype.itemsize}")):
+            yield ids.view(dtype)  # legal ids have no sign
+            return
+        for first in range(0, len(ids), PIECE):
+            piece = ids[first : first + PIECE]
+            stored = self._piece[: len(piece)]
+            if self.store.plane:
+                plane = self._planes[stream].split(np.ascontiguousarray(piece, dtype=np.int32), stored)
+                self._parts[self._plane_id(stream)].append(plane)
+            else:
+                np.copyto(stored, piece, casting="unsafe")
+            yield stored
 
     def _window(self, ids, offsets, segments, segment_offsets, keys, runs, run_offsets, labels) -> Samples:
         """The arrays cut to what the offsets name, all cu arrays starting at 0."""
-        keys = np.ascontiguousarray(keys, dtype=np.uint64)
+        keys = np.ascontiguousarray(self._integers("keys", keys), dtype=np.uint64)
         segments = np.asarray(segments)
         if segments.dtype != format.SEGMENT:
             raise ValueError(f"{self.path}: segments are {segments.dtype}, expected format.SEGMENT")
@@ -222,15 +241,19 @@ class ShardWriter:
         return ShardInfo.of(self.path.name, footer)
 
     def _flush(self, id: str, flags: SectionFlag | int = 0) -> None:
-        """Write a section from its parts. Labels are as large as the tokens: they are not copied together."""
+        """Write a section from its parts. What has one of every token is large: it is not copied together."""
         parts = self._parts.pop(id)
         self._out.start(id, parts[0].dtype, flags)
-        for part in parts if id == "LBL" else [np.concatenate(parts)]:
+        for part in parts if id.startswith(("TOK", "LBL")) else [np.concatenate(parts)]:
             self._out.extend(part)
 
     def _plane(self, stream: str) -> None:
         if self.store.plane:
-            self._out.section(f"{stream}{self.store.plane}", self._planes[stream].bytes())
+            self._parts[self._plane_id(stream)].append(self._planes[stream].rest())
+            self._flush(self._plane_id(stream))
+
+    def _plane_id(self, stream: str) -> str:
+        return f"{stream}{self.store.plane}"
 
     def abort(self) -> None:
         """Drop the unfinished shard and its temporary file."""

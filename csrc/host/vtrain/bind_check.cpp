@@ -138,13 +138,25 @@ void bind_check(py::module_& m) {
              }),
              py::arg("bits"))
         .def(
-            "append",
-            [](vtrain::PlaneBytes& self, const py::array_t<int32_t, py::array::c_style>& ids) {
+            "split",
+            [](vtrain::PlaneBytes& self, const py::array_t<int32_t, py::array::c_style>& ids,
+               py::array_t<uint16_t, py::array::c_style> low) {
+                if (low.size() != ids.size()) throw py::value_error("split: expected one low half for every id");
                 const int32_t* p = ids.data();
                 size_t n = static_cast<size_t>(ids.size());
-                py::gil_scoped_release release;
-                self.append(p, n);
+                uint16_t* out = low.mutable_data();
+                {
+                    py::gil_scoped_release release;
+                    self.split(p, n, out);
+                }
+                Bytes full;
+                self.drain([&](const uint8_t* bytes, size_t count) {
+                    full = Bytes(static_cast<py::ssize_t>(count), bytes);
+                });
+                return full;
             },
-            py::arg("ids"))
-        .def("bytes", [](const vtrain::PlaneBytes& self) { return copy_of(self.data()); }, "u8[ceil(n * bits / 8)]");
+            py::arg("ids"), py::arg("low").noconvert(),
+            "The low 16 bits of int32[n] go to u16[n]; the bytes of the plane that became full -> u8[m].")
+        .def("rest", [](const vtrain::PlaneBytes& self) { return copy_of(self.data()); },
+             "u8[0 or 1]: the last byte, that is not full.");
 }

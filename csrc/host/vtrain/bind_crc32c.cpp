@@ -45,6 +45,13 @@ void bind_crc32c(py::module_& m) {
         },
         py::arg("data"), py::arg("value") = 0, "The table-driven twin of crc32c, for machines without SSE4.2.");
     m.def(
+        "crc32c_lanes",
+        [](const py::buffer& data, uint32_t value) {
+            Bytes bytes(data);
+            return vtrain::crc32c_lanes(value, bytes.data(), bytes.size());
+        },
+        py::arg("data"), py::arg("value") = 0, "The twin of crc32c for machines without VPCLMULQDQ.");
+    m.def(
         "crc32c_combine", &vtrain::crc32c_combine, py::arg("first"), py::arg("second"), py::arg("second_bytes"),
         "crc32c of A+B from the crcs of A and B and the length of B.");
     m.def(
@@ -62,5 +69,6 @@ void bind_crc32c(py::module_& m) {
             }
             return out;
         },
-        py::arg("data"), py::arg("block"), "crc32c of every block of `block` bytes (the last may be shorter) -> u32[n].");
+        py::arg("data"), py::arg("block"),
+        "crc32c of every block of `block` bytes (the last may be shorter) -> u32[n].");
 }

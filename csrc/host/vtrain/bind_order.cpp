@@ -53,7 +53,8 @@ Int64s range(const Order& order, int64_t start, int64_t count) {
 void bind_order(py::module_& m) {
     using vtrain::BlockOrder;
     using vtrain::Order;
-    py::class_<Order>(m, "Order", "A permutation of 0..n-1 by a 64-bit key: order(positions) -> ids, int64 of any shape.")
+    py::class_<Order>(m, "Order",
+                      "A permutation of 0..n-1 by a 64-bit key: order(positions) -> ids, int64 of any shape.")
         .def(py::init([](const py::int_& n, const py::int_& key) { return Order(size_of(n), low_bits(key)); }),
              py::arg("n"), py::arg("key"))
         .def("__len__", &Order::size)
@@ -67,7 +68,8 @@ void bind_order(py::module_& m) {
                 return out;
             },
             py::arg("positions"), "The plain twin of a call, for machines without AVX2; flat.");
-    py::class_<BlockOrder>(m, "BlockOrder", "Permuted blocks, `open` at a time, the samples of each such window permuted.")
+    py::class_<BlockOrder>(m, "BlockOrder",
+                           "Permuted blocks, `open` at a time, the samples of each such window permuted.")
         .def(py::init([](const py::int_& n, const py::int_& key, uint64_t block, uint64_t open) {
                  return BlockOrder(size_of(n), low_bits(key), block, open);
              }),

@@ -76,8 +76,8 @@ int64_t restore(Planner& planner, const Array<int64_t>& table) {
     const auto t = table.unchecked<2>();
     for (py::ssize_t i = 0; i < t.shape(1); ++i) {
         const int64_t start = t(4, i), stop = t(5, i), full = t(6, i);
-        if (t(0, i) < 0 || t(0, i) >= static_cast<int64_t>(planner.size()) || full < 0 || full > INT32_MAX || start < 0 ||
-            start >= full || (stop && (stop <= start || stop > full)) || t(7, i) < 0 || t(8, i) < 0)
+        if (t(0, i) < 0 || t(0, i) >= static_cast<int64_t>(planner.size()) || full < 0 || full > INT32_MAX ||
+            start < 0 || start >= full || (stop && (stop <= start || stop > full)) || t(7, i) < 0 || t(8, i) < 0)
             throw py::value_error("planner: a waiting sample is outside its source");
         const int32_t length = static_cast<int32_t>((stop ? stop : full) - start);
         const bool whole = length == full;
@@ -204,8 +204,8 @@ void bind_planner(py::module_& m) {
         .def("take", &take, "source, epoch, position, index, start, length, full and bin_cu of the step.")
         .def("waiting", &waiting, "int64[5, n]: source, epoch, position, start, stop (0 = to the end), oldest first.")
         .def("restore", &restore, py::arg("table"),
-             "Waiting samples int64[9, n]: source, epoch, position, index, start, stop, full, rows, frames. The number of\n"
-             "the first over-long one where that is an error, else -1.")
+             "Waiting samples int64[9, n]: source, epoch, position, index, start, stop, full, rows, frames. The number\n"
+             "of the first over-long one where that is an error, else -1.")
         .def("cursor", &Planner::cursor, py::return_value_policy::reference_internal)
         .def("deficit", &deficit)
         .def("set_deficit", &set_deficit)

@@ -30,7 +30,8 @@ const MergeTable::Merge* MergeTable::find(const std::vector<Symbol>& symbols, in
 }
 
 std::vector<int32_t> MergeTable::encode(std::string_view piece) const {
-    if (piece.size() > static_cast<size_t>(INT32_MAX)) throw std::invalid_argument("MergeTable: piece of 2 GiB or more");
+    if (piece.size() > static_cast<size_t>(INT32_MAX))
+        throw std::invalid_argument("MergeTable: piece of 2 GiB or more");
     const int32_t n = static_cast<int32_t>(piece.size());
     std::vector<Symbol> symbols(static_cast<size_t>(n));
     for (int32_t i = 0; i < n; ++i)

@@ -51,8 +51,8 @@ struct Seen;
 class Ids {
   public:
     // `all` numbers of `item` bytes, kind 'u' or 'i' as in numpy; plane: null, or `bits` more of each id of u2 in
-    // plane_bytes bytes. count: none = all from `first` on. portable: without wide vectors, for tests. What does not fit
-    // is a std::invalid_argument or std::out_of_range.
+    // plane_bytes bytes. count: none = all from `first` on. portable: without wide vectors, for tests. What does not
+    // fit is a std::invalid_argument or std::out_of_range.
     Ids(const void* data, char kind, int item, uint64_t all, const uint8_t* plane, uint64_t plane_bytes, int bits,
         uint64_t first, std::optional<uint64_t> count, bool portable = false);
 
@@ -67,7 +67,7 @@ class Ids {
     const T* items() const {
         return static_cast<const T*>(data_);
     }
-    int32_t stored(uint64_t token) const;
+    uint32_t stored(uint64_t token) const;
     bool stored_within(uint64_t begin, size_t n, int64_t low, int64_t end, Seen& seen) const;
 
     const void* data_;

@@ -1,9 +1,14 @@
 // crc32c (Castagnoli, as iSCSI RFC 3720): the checksum of every file that vtrain writes.
-// x86 with SSE4.2 runs three interleaved lanes of the crc32 instruction, whose latency is 3 cycles and throughput 1.
+// x86 with SSE4.2 runs three interleaved lanes of the crc32 instruction, whose latency is 3 cycles and throughput 1:
+// 28 GB/s at 3.6 GHz. With AVX-512 and VPCLMULQDQ, bytes are folded 256 at a time, as fast as they come from the caches.
 #include "crc32c.h"
 
 #include <array>
 #include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace vtrain {
 namespace {
@@ -90,18 +95,61 @@ __attribute__((target("sse4.2"))) uint32_t crc_sse42(uint32_t crc, const uint8_t
     for (; n; --n) tail = __builtin_ia32_crc32qi(tail, *p++);
     return tail;
 }
+
+constexpr size_t kFold = 256;
+
+// The bytes before the last kFold are folded into those: each 16 bytes, 8 high and 8 low coefficients of a polynomial,
+// become the 16 bytes that are congruent to them kFold bytes later. A product of two reflected 64-bit numbers, of which
+// the constants use the low half, is too high by x^33: hence the exponents 8 * kFold + 64 - 33 and 8 * kFold - 33.
+__attribute__((target("avx512f,vpclmulqdq,sse4.2"))) uint32_t crc_folded(uint32_t crc, const uint8_t* p, size_t n) {
+    static const uint32_t early = multiply(shift_of(kFold + 3), 1u << 24), late = multiply(shift_of(kFold - 5), 1u << 24);
+    const __m512i shift = _mm512_set_epi64(late, early, late, early, late, early, late, early);
+    __m512i sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = _mm512_loadu_si512(p + 64 * i);
+    sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
+    for (n -= kFold, p += kFold; n >= kFold; n -= kFold, p += kFold) {
+        for (int i = 0; i < 4; ++i) {
+            const __m512i high = _mm512_clmulepi64_epi128(sums[i], shift, 0x00);
+            const __m512i low = _mm512_clmulepi64_epi128(sums[i], shift, 0x11);
+            sums[i] = _mm512_ternarylogic_epi64(high, low, _mm512_loadu_si512(p + 64 * i), 0x96);  // a ^ b ^ c
+        }
+    }
+    alignas(64) uint8_t last[kFold];
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(last + 64 * i, sums[i]);
+    return crc_sse42(crc_sse42(0, last, kFold), p, n);
+}
+
+using Kernel = uint32_t (*)(uint32_t, const uint8_t*, size_t);
+
+// The fastest of this machine; one that folds needs kFold bytes.
+Kernel kernel(bool folds) {
+    if (!__builtin_cpu_supports("sse4.2")) return crc_tables;
+    folds = folds && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq");
+    return folds ? crc_folded : crc_sse42;
+}
 #endif
 
 }  // namespace
 
 uint32_t crc32c(uint32_t value, const uint8_t* p, size_t n) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("sse4.2")) return ~crc_sse42(~value, p, n);
-#endif
+    static const Kernel large = kernel(true), small = kernel(false);
+    return ~(n < 2 * kFold ? small : large)(~value, p, n);
+#else
     return crc32c_portable(value, p, n);
+#endif
 }
 
 uint32_t crc32c_portable(uint32_t value, const uint8_t* p, size_t n) { return ~crc_tables(~value, p, n); }
+
+uint32_t crc32c_lanes(uint32_t value, const uint8_t* p, size_t n) {
+#if defined(__x86_64__)
+    static const Kernel lanes = kernel(false);
+    return ~lanes(~value, p, n);
+#else
+    return crc32c_portable(value, p, n);
+#endif
+}
 
 uint32_t crc32c_combine(uint32_t first, uint32_t second, uint64_t second_bytes) {
     return multiply(first, shift_of(second_bytes)) ^ second;

@@ -18,8 +18,8 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "shards are little endian and read in place");
 
-// (low plane at the first id, high plane, bit of the first id in it, ids, out) -> the largest id
-using Decoder = uint32_t (*)(const uint8_t*, const uint8_t*, uint64_t, uint64_t, int32_t*);
+// (low plane at the first id, high plane, bit of the first id in it, ids, out)
+using Decoder = Bounds (*)(const uint8_t*, const uint8_t*, uint64_t, uint64_t, int32_t*);
 
 template <int kLow>
 uint32_t low_part(const uint8_t* at) {
@@ -29,18 +29,18 @@ uint32_t low_part(const uint8_t* at) {
 }
 
 template <int kLow, int kHigh>
-uint32_t decode_portable(const uint8_t* low, const uint8_t* high, uint64_t bit, uint64_t count, int32_t* out) {
-    uint32_t top = 0;
+Bounds decode_portable(const uint8_t* low, const uint8_t* high, uint64_t bit, uint64_t count, int32_t* out) {
+    Bounds found;
     for (uint64_t i = 0; i < count; ++i) {
         uint32_t id = low_part<kLow>(low + i * kLow);
         if constexpr (kHigh > 0) {
             const uint64_t at = bit + i * kHigh;  // 1 and 2 divide 8: the bits of an id share a byte
             id |= (static_cast<uint32_t>(high[at / 8]) >> (at % 8) & ((1u << kHigh) - 1)) << 16;
         }
-        top = std::max(top, id);
+        found.add(id, id);
         out[i] = static_cast<int32_t>(id);
     }
-    return top;
+    return found;
 }
 
 #if defined(__x86_64__)
@@ -52,11 +52,11 @@ inline uint32_t bits_at(const uint8_t* high, uint64_t bit) {
 }
 
 template <int kLow, int kHigh>
-__attribute__((target("avx2"))) uint32_t decode_avx2(const uint8_t* low, const uint8_t* high, uint64_t bit,
-                                                     uint64_t count, int32_t* out) {
+__attribute__((target("avx2"))) Bounds decode_avx2(const uint8_t* low, const uint8_t* high, uint64_t bit,
+                                                   uint64_t count, int32_t* out) {
     const __m256i lanes = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(kHigh));
     const __m256i mask = _mm256_set1_epi32((1 << kHigh) - 1);
-    __m256i top = _mm256_setzero_si256();
+    __m256i lowest = _mm256_set1_epi32(-1), highest = _mm256_setzero_si256();
     uint64_t i = 0;
     for (; i + 8 <= count; i += 8) {
         __m256i ids;
@@ -71,13 +71,16 @@ __attribute__((target("avx2"))) uint32_t decode_avx2(const uint8_t* low, const u
             const __m256i part = _mm256_and_si256(_mm256_srlv_epi32(word, lanes), mask);
             ids = _mm256_or_si256(ids, _mm256_slli_epi32(part, 16));
         }
-        top = _mm256_max_epu32(top, ids);
+        lowest = _mm256_min_epu32(lowest, ids);
+        highest = _mm256_max_epu32(highest, ids);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), ids);
     }
-    alignas(32) uint32_t tops[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(tops), top);
-    const uint32_t rest = decode_portable<kLow, kHigh>(low + i * kLow, high, bit + i * kHigh, count - i, out + i);
-    return std::max(rest, *std::max_element(tops, tops + 8));
+    alignas(32) uint32_t lows[8], highs[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lows), lowest);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(highs), highest);
+    Bounds found = decode_portable<kLow, kHigh>(low + i * kLow, high, bit + i * kHigh, count - i, out + i);
+    for (int lane = 0; lane < 8; ++lane) found.add(lows[lane], highs[lane]);
+    return found;
 }
 
 // 16 ids from id i on; reads behind the last id, within the 64 spare bytes.
@@ -105,24 +108,24 @@ __attribute__((target("avx512f"), always_inline)) inline __m512i load16(const ui
 }
 
 template <int kLow, int kHigh>
-__attribute__((target("avx512f"))) uint32_t decode_avx512(const uint8_t* low, const uint8_t* high, uint64_t bit,
-                                                          uint64_t count, int32_t* out) {
-    __m512i top = _mm512_setzero_si512();
+__attribute__((target("avx512f"))) Bounds decode_avx512(const uint8_t* low, const uint8_t* high, uint64_t bit,
+                                                        uint64_t count, int32_t* out) {
+    __m512i lowest = _mm512_set1_epi32(-1), highest = _mm512_setzero_si512();
     uint64_t i = 0;
     for (; i + 16 <= count; i += 16) {
         const __m512i ids = load16<kLow, kHigh>(low, high, bit, i);
-        top = _mm512_max_epu32(top, ids);
+        lowest = _mm512_min_epu32(lowest, ids);
+        highest = _mm512_max_epu32(highest, ids);
         _mm512_storeu_si512(out + i, ids);
     }
     if (i < count) {
         const auto keep = static_cast<__mmask16>((1u << (count - i)) - 1);
         const __m512i ids = load16<kLow, kHigh>(low, high, bit, i);
-        top = _mm512_mask_max_epu32(top, keep, top, ids);
+        lowest = _mm512_mask_min_epu32(lowest, keep, lowest, ids);
+        highest = _mm512_mask_max_epu32(highest, keep, highest, ids);
         _mm512_mask_storeu_epi32(out + i, keep, ids);
     }
-    alignas(64) uint32_t tops[16];
-    _mm512_store_si512(tops, top);
-    return *std::max_element(tops, tops + 16);
+    return {_mm512_reduce_min_epu32(lowest), _mm512_reduce_max_epu32(highest)};
 }
 #endif
 
@@ -163,7 +166,7 @@ bool force_isa(const char* name) {
     return decoders != nullptr;
 }
 
-uint32_t decode(const TokenStore& store, uint64_t first, uint64_t count, int32_t* out) {
+Bounds decode(const TokenStore& store, uint64_t first, uint64_t count, int32_t* out) {
     const Decoders& d = *chosen().load(std::memory_order_relaxed);
     const Decoder with_bits = store.high_bits == 1 ? d.u16_1 : store.high_bits == 2 ? d.u16_2 : d.u16;
     const Decoder run = store.low_bytes == 1 ? d.u8 : store.low_bytes == 4 ? d.u32 : with_bits;

@@ -1,6 +1,7 @@
 // Stored token ids to int32. Plain C++ over mapped bytes: no Python here, so a fuzzer can drive it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace vtrain {
@@ -15,9 +16,17 @@ struct TokenStore {
     int high_bits = 0;
 };
 
-// Ids first..first+count-1 to out[count]; returns the largest of them as an unsigned number, 0 of none. The caller has
-// checked the range. Both planes must be followed by 64 readable bytes; nothing is written behind out[count - 1].
-uint32_t decode(const TokenStore& store, uint64_t first, uint64_t count, int32_t* out);
+// The lowest and the highest of some ids as unsigned numbers; of none `low` is the larger.
+struct Bounds {
+    uint32_t low = 0xFFFFFFFF, high = 0;
+    void add(uint32_t a, uint32_t b) {
+        low = std::min(low, a);
+        high = std::max(high, b);
+    }
+};
+
+// Ids first..first+count-1 to out[count], and their bounds. The caller has checked the range. Both planes must be followed by 64 readable bytes; nothing is written behind out[count - 1].
+Bounds decode(const TokenStore& store, uint64_t first, uint64_t count, int32_t* out);
 
 // Decode with "portable", "avx2" or "avx512" from now on, nullptr = the best of this machine; false where it has none.
 bool force_isa(const char* name);

@@ -1,11 +1,14 @@
 #include "planner.h"
 
+#include <initializer_list>
+
 namespace vtrain {
 
 namespace {
 
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kOne = 1ull << 32;  // the sum of all weights
+constexpr int64_t kMostCounted = 1ll << 62;  // of a state: counting on from there ends before 2^63
 
 }  // namespace
 
@@ -28,29 +31,41 @@ void Mixture::leave(size_t source) {
     weigh_at_ = 0;
 }
 
-// The weight of now, not normalised; lowers weigh_at_ to where it will be another.
-uint64_t Mixture::scheduled(const Share& share) {
-    const auto& at = share.at;
-    const size_t k = static_cast<size_t>(std::upper_bound(at.begin(), at.end(), tokens_) - at.begin());
-    if (k == at.size()) return share.points.back();
-    const bool slope = k > 0 && share.points[k] != share.points[k - 1];
-    weigh_at_ = std::min(weigh_at_, slope ? tokens_ + 1 : at[k]);
-    if (!slope) return share.points[k ? k - 1 : 0];
-    const __int128 left = at[k] - tokens_, gone = tokens_ - at[k - 1];
-    return static_cast<uint64_t>((share.points[k - 1] * left + share.points[k] * gone) / (left + gone));
+// Gives every source its weight after `now` tokens, not normalised; the sum.
+uint64_t Mixture::schedule(int64_t now, Next& next) {
+    uint64_t sum = 0;
+    next = {kNever, kNever};
+    for (Share& share : sources_) {
+        share.weight = 0;
+        if (!share.active) continue;
+        const auto& at = share.at;
+        const size_t k = static_cast<size_t>(std::upper_bound(at.begin(), at.end(), now) - at.begin());
+        share.weight = share.points[k ? k - 1 : 0];
+        if (k < at.size()) {
+            const bool slope = k > 0 && share.points[k] != share.points[k - 1];
+            next.point = std::min(next.point, at[k]);
+            next.change = std::min(next.change, slope ? now + 1 : at[k]);
+            if (slope) {
+                const __int128 here = now, left = at[k] - here, gone = here - at[k - 1];
+                share.weight =
+                    static_cast<uint64_t>((share.points[k - 1] * left + share.points[k] * gone) / (left + gone));
+            }
+        }
+        sum += share.weight;
+    }
+    return sum;
 }
 
 void Mixture::weigh() {
-    weigh_at_ = kNever;
-    uint64_t sum = 0, given = 0;
-    size_t heaviest = 0;
-    for (size_t i = 0; i < sources_.size(); ++i) {
-        Share& share = sources_[i];
-        share.weight = share.active ? scheduled(share) : 0;
-        sum += share.weight;
-        if (share.weight > sources_[heaviest].weight) heaviest = i;
-    }
+    Next next;
+    uint64_t sum = schedule(tokens_, next), given = 0;
+    weigh_at_ = next.change;
+    // All that would be drawn now have left, and the tokens stand still: take the weights of a later point.
+    while (sum == 0 && next.point != kNever) sum = schedule(next.point, next);
     if (sum == 0) return;
+    size_t heaviest = 0;
+    for (size_t i = 0; i < sources_.size(); ++i)
+        if (sources_[i].weight > sources_[heaviest].weight) heaviest = i;
     for (Share& share : sources_) {
         if (share.weight) share.weight = std::max<uint64_t>(1, share.weight * kOne / sum);
         given += share.weight;
@@ -91,10 +106,17 @@ void Planner::add(std::vector<int64_t> at, std::vector<uint32_t> weights, int64_
 }
 
 void Planner::start(int64_t tokens) {
+    const auto countable = [](std::initializer_list<int64_t> counts) {
+        return std::all_of(counts.begin(), counts.end(), [](int64_t n) { return n >= 0 && n <= kMostCounted; });
+    };
+    if (!countable({tokens}))
+        throw std::invalid_argument("planner: " + std::to_string(tokens) + " tokens; expected 0..2**62");
     for (size_t i = 0; i < sources_.size(); ++i) {
         const Cursor& c = sources_[i].cursor;
-        if (c.n < 1 || c.n > sources_[i].samples || c.position < 0 || c.position >= c.n || c.epoch < 0)
+        if (c.n < 1 || c.n > sources_[i].samples || c.position < 0 || c.position >= c.n)
             throw std::invalid_argument("planner: a cursor is outside its source");
+        if (!countable({c.epoch, c.samples, c.tokens, c.dropped, c.cropped, c.split, c.empty, c.excluded, c.filtered}))
+            throw std::invalid_argument("planner: a cursor counts beyond 0..2**62");
         if (sources_[i].max_epochs && c.epoch >= sources_[i].max_epochs) mixture_.leave(i);
     }
     mixture_.start(tokens);

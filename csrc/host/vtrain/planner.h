@@ -233,7 +233,11 @@ private:
         bool active = true;
     };
 
-    uint64_t scheduled(const Share& share);
+    struct Next {
+        int64_t change, point;  // tokens at which a weight is another, at which a schedule has a point
+    };
+
+    uint64_t schedule(int64_t now, Next& next);
     void weigh();
 
     std::vector<Share> sources_;

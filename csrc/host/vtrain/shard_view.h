@@ -101,7 +101,7 @@ public:
 
     // Ids of a range that `tokens` gave, or of a part of it.
     void read(bool labels, Range range, int32_t* out) const {
-        const uint32_t top = decode(stream(labels), range.first, range.count, out);
+        const uint32_t top = decode(stream(labels), range.first, range.count, out).high;
         if (top > max_id_) fail(labels ? "LBL" : "TOK", ": id ", top, "; the footer says at most ", max_id_);
     }
 
@@ -179,7 +179,7 @@ private:
     template <class... Parts>
     [[noreturn]] void fail(const Parts&... parts) const {
         std::ostringstream line;
-        (line << name_ << ": " << ... << parts);
+        ((line << name_ << ": ") << ... << parts);
         throw Damage(line.str());
     }
 

@@ -64,7 +64,8 @@ def open_importer(kind: str, inputs: Sequence[Path | str], options: Options) -> 
     if foreign:
         takes = ", ".join(IMPORTERS[kind].takes)
         raise ValueError(f"import {kind}: it does not take {foreign[0]}; it takes {takes}".replace("_", "-"))
-    paths = [path for given_path in inputs for path in _expand(Path(given_path))]
+    # sources of records know patterns themselves
+    paths = [path for name in inputs for path in ([Path(name)] if kind in RECORDS else _expand(Path(name)))]
     if not paths:
         raise ValueError(f"import {kind}: no input")
     return IMPORTERS[kind](paths, options)

@@ -9,18 +9,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from vtrain._host import crc32c
+from vtrain.data.json_list import BOM, elements, elements_from, is_list
 
 GRAIN = 1024  # records between two entries of the index
-MAX_ELEMENT = 1 << 26  # bytes of a list's element: a file that is no JSON must not be read whole to tell
 _CHUNK = 1 << 22
-_DECODER = json.JSONDecoder()
-_BLANK = b" \t\r\n"
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,7 @@ class JsonRecords:
             raise FileNotFoundError(f"{self.path}: no such file")
         self.crc = 0
         self._starts: list[int] = []  # byte of records 0, GRAIN, 2 * GRAIN, ...
-        with open(self.path, "rb") as file:
-            head = file.read(4096)
-        self.is_list = head.removeprefix(_BOM).lstrip(_BLANK).startswith(b"[")
+        self.is_list = is_list(self.path)
         self._length = self._index_list() if self.is_list else self._index_lines()
 
     def __len__(self) -> int:
@@ -57,7 +52,7 @@ class JsonRecords:
             return
         with open(self.path, "rb") as file:
             file.seek(self._starts[first // GRAIN])
-            records = self._elements(_Text(file)) if self.is_list else file
+            records = elements_from(file, self.path) if self.is_list else file
             for number, record in enumerate(records, first // GRAIN * GRAIN):
                 if number >= last:
                     return
@@ -90,93 +85,15 @@ class JsonRecords:
             while chunk := file.read(_CHUNK):
                 self.crc = crc32c(chunk, self.crc)
             file.seek(0)
-            text = _Text(file)
-            text.drop(_BOM.decode("latin-1"))
-            text.blanks()
-            text.drop("[")
-            for start, _ in self._elements(text):
+            for start, _ in elements(file, self.path):
                 if count % GRAIN == 0:
                     self._starts.append(start)
                 count += 1
-            text.blanks()
-            if text.peek():
-                raise ValueError(f"{self.path}: byte {text.position}: more after the list; expected its end")
         return count
-
-    def _elements(self, text: _Text) -> Iterator[tuple[int, bytes]]:
-        """(first byte, JSON) of each element from here to the list's end, which is consumed."""
-        text.blanks()
-        more = not text.drop("]")
-        while more:
-            start = text.position
-            try:
-                element = text.value()
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}: byte {start}: not JSON: {error}") from None
-            yield start, element.encode("latin-1")
-            text.blanks()
-            more = text.drop(",")
-            if not more and not text.drop("]"):
-                found = repr(text.peek()) if text.peek() else "the end of the file"
-                raise ValueError(f"{self.path}: byte {text.position}: {found}; expected , or ] in the list")
-            text.blanks()
-
-
-class _Text:
-    """The bytes of a file from where it stands, as latin-1: characters and bytes count alike."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.start = file.tell()  # the byte of the file that is buffer[0]
-        self.buffer = ""
-        self.at = 0
-
-    @property
-    def position(self) -> int:
-        return self.start + self.at
-
-    def more(self) -> bool:
-        chunk = self.file.read(_CHUNK)
-        self.start += self.at
-        self.buffer = self.buffer[self.at :] + chunk.decode("latin-1")
-        self.at = 0
-        return bool(chunk)
-
-    def peek(self) -> str:
-        """The next character, empty at the end."""
-        if self.at == len(self.buffer):
-            self.more()
-        return self.buffer[self.at : self.at + 1]
-
-    def drop(self, expected: str) -> bool:
-        while len(self.buffer) - self.at < len(expected) and self.more():
-            pass
-        found = self.buffer.startswith(expected, self.at)
-        self.at += len(expected) * found
-        return found
-
-    def blanks(self) -> None:
-        while (letter := self.peek()) and letter in " \t\r\n":
-            self.at += 1
-
-    def value(self) -> str:
-        """The text of the JSON value that begins here; ValueError where there is none."""
-        while True:
-            try:
-                size = _DECODER.raw_decode(self.buffer, self.at)[1] - self.at
-            except ValueError:
-                if len(self.buffer) - self.at > MAX_ELEMENT or not self.more():
-                    raise
-                continue
-            if self.at + size < len(self.buffer) or not self.more():  # a number may go on behind the buffer's end
-                break
-        text = self.buffer[self.at : self.at + size]
-        self.at += size
-        return text
 
 
 def _value(line: bytes) -> Any:
     try:
-        return json.loads(line.removeprefix(_BOM))
+        return json.loads(line.removeprefix(BOM))
     except (ValueError, RecursionError) as error:
         return Broken(f"not JSON: {error}")

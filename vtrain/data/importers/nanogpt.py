@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vtrain.data.format import MAX_SAMPLE
 from vtrain.data.importers.base import VOCABULARY, Options, map_numbers
 from vtrain.data.importers.streams import DocumentStreams
 
@@ -104,8 +105,8 @@ class NanoGpt(DocumentStreams):
         self.eos, self.eos_at, self.length = options.eos, options.eos_at or EOS_AT[0], options.length
         if self.eos_at not in EOS_AT:
             raise ValueError(f"import nanogpt: eos-at is {self.eos_at!r}; expected {' or '.join(EOS_AT)}")
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"import nanogpt: length is {self.length}; expected at least 1")
+        if self.length is not None and not 1 <= self.length <= MAX_SAMPLE:
+            raise ValueError(f"import nanogpt: length is {self.length}; expected 1..{MAX_SAMPLE}")
         super().__init__(inputs, options)
         if self.eos is not None and not 0 <= self.eos < self.schema.vocab.size:
             raise ValueError(f"import nanogpt: eos is {self.eos}; expected 0..{self.schema.vocab.size - 1}")

@@ -43,6 +43,7 @@ VISUAL = 64000  # codes of the Cosmos tokenizers
 CAPTIONS = ("whole", "short", "second")
 MAX_CAPTIONS = 256  # of a picture: shards number caption variants with a u8
 MAX_LABEL = 1 << 20  # bytes of a caption file; a larger one is no caption
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as its file is called; one with more digits does not fit int64
 _STRATEGY = re.compile(r"(first|end|random):(\d+)(%?)")
 
 
@@ -101,7 +102,9 @@ class CodesFolder:
         if not self.labels.is_dir():
             raise ValueError(f"{self.labels}: no such folder; {self.codes.name} needs it")
         names = (os.path.splitext(entry.name) for entry in os.scandir(self.codes))
-        numbers = np.array([int(stem) for stem, suffix in names if suffix == ".npy" and stem.isdecimal()], np.int64)
+        numbers = np.array(
+            [int(stem) for stem, suffix in names if suffix == ".npy" and _NUMBER.fullmatch(stem)], np.int64
+        )
         self.numbers = np.sort(numbers if total is None else numbers[numbers < total])
         self.fingerprint = [len(self.numbers), f"{crc32c(self.numbers):08x}"]
 

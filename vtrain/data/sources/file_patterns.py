@@ -30,6 +30,8 @@ def find_files(pattern: str | os.PathLike, suffixes: Sequence[str]) -> list[tupl
         if not paths:
             raise ValueError(f"{one}: no such file")
         found += [path for path in paths if os.path.isfile(path)]
+    if not found:
+        raise ValueError(f"{pattern}: no such file")
     return _named(found, os.path.dirname(re.split(r"[*?\[{]", pattern)[0]))
 
 

@@ -85,7 +85,7 @@ class Table:
             for values in _Rows(path).read(columns, unit.first, unit.last):
                 yield self._record(f"{name}:{row}", values)
                 row += 1
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if getattr(error, "errno", None) is not None:  # the disk's or the network's, not the file's
                 raise
             reason = " ".join(str(error).split())

@@ -32,6 +32,7 @@ CAPTIONS = ("caption", "captions")
 TEXT_SUFFIXES = ("txt", "caption")
 NO_END = 2**62  # beyond every tar
 GZIP_BYTES = 2**16  # inflated at a time; what stands this close before damage is lost with it
+MAX_FILE = 1 << 30  # bytes of a file of a record: a sparse or compressed one may claim to have any number
 MIN_RECORD = 2 * tarfile.BLOCKSIZE  # a header and data
 PROBED = 100  # records whose size tells about how many a tar holds
 # What tarfile and gzip raise at broken bytes, such as a header that tells of 2**70 bytes. No OSError of the disk.
@@ -93,6 +94,8 @@ class WebDataset:
     def _record(self, tar: str, group: _Group) -> Record | Skipped:
         name = f"{tar}:{group.key}"
         files = group.files
+        if group.problem:
+            return Skipped(name, group.problem)
         try:
             captions = [files[ending].decode("utf-8-sig").strip() for ending in self.texts if ending in files]
             if "json" in files:
@@ -149,11 +152,13 @@ class _TarIndex(IndexedSource):
 
 @dataclass(slots=True)
 class _Group:
-    """The files of a record. start: where its first header stands in the tar; files: ending -> bytes, as wanted."""
+    """The files of a record. start: where its first header stands in the tar; files: ending -> bytes, as wanted;
+    problem: why one that is wanted was not read."""
 
     key: str
     start: int
     files: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
 
 
 def _groups(path: Path, first: int, last: int, wanted: Set[str], begin: int = 0) -> Iterator[_Group | tuple[str, str]]:
@@ -181,7 +186,11 @@ def _groups(path: Path, first: int, last: int, wanted: Set[str], begin: int = 0)
                     if member.offset >= last:
                         return
                     group = _Group(key, member.offset)
-                if group.start >= first and ending in wanted:
+                if group.start < first or ending not in wanted:
+                    continue
+                if member.size > MAX_FILE:
+                    group.problem = f"{ending}: {member.size} bytes; expected at most {MAX_FILE}"
+                else:
                     group.files[ending] = tar.extractfile(member).read()
             _check_end(tar, path)
     except DAMAGE as error:
