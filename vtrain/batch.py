@@ -236,19 +236,22 @@ class Bins:
         first, names, sums = self.first.tolist(), ("next_token", *vocab.names), np.c_[counts.sum(axis=1), counts]
         batches = []
         each = zip(*(c.unbind() for c in columns.values()), strict=True)
-        for a, (tensors, length, found) in enumerate(zip(each, longest.tolist(), sums.tolist())):
-            batch = PackedBatch(
-                **dict(zip(columns, tensors)),
-                max_seqlen=seqlen_bucket(length),
-                lengths=self.lengths[first[a] : first[a + 1]],
-                tokens=int(self.tokens[a]),
-                scored=int(scored[a]),
-                counts=dict(zip(names, found)),
-                sources=self.sources[a],
+        numbers = zip(longest.tolist(), self.tokens.tolist(), scored.tolist(), sums.tolist(), odd.tolist())
+        for a, (tensors, (length, tokens, labels, found, uneven)) in enumerate(zip(each, numbers)):
+            own = dict(zip(columns, tensors))
+            if not (weighted or uneven):
+                own["weights"] = None
+            batches.append(
+                PackedBatch(
+                    **own,
+                    max_seqlen=seqlen_bucket(length),
+                    lengths=self.lengths[first[a] : first[a + 1]],
+                    tokens=tokens,
+                    scored=labels,
+                    counts=dict(zip(names, found)),
+                    sources=self.sources[a],
+                )
             )
-            if not (weighted or odd[a]):
-                batch.weights = None
-            batches.append(batch)
         return batches
 
     def _rows_by_class(self, vocab: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,10 +298,8 @@ def slot_table(
 
 def seqlen_bucket(length: int) -> int:
     """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`: few distinct values, so few kernel shapes."""
-    bucket = 16
-    while bucket < length:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return bucket
+    power = 1 << max(length - 1, 15).bit_length()
+    return power * 3 // 4 if 16 < length <= power * 3 // 4 else power
 
 
 def _checked_ids(documents: Sequence[Document], rows: np.ndarray, vocab: Vocabulary) -> np.ndarray:

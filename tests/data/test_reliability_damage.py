@@ -28,7 +28,7 @@ from writing_jobs import write_dataset
 from vtrain._host import crc32c, crc32c_blocks
 from vtrain.data import Dataset, LanguageModel, Loader, Source, exclude, manifest, stats
 from vtrain.data import verify as verifying
-from vtrain.data.format import BLOCK_LOG2, PAGE, Kind, read_pages
+from vtrain.data.format import BLOCK_LOG2, PAGE, Kind, ShardError, read_pages
 from vtrain.data.reader import Shard
 from vtrain.data.twins import Twin
 from vtrain.data.verify import verify
@@ -312,14 +312,14 @@ class Reader:
             far.close()
         self.pipe.send(str(folder))
         try:
-            assert self.pipe.poll(PATIENCE_S), "it hangs"
-            wrong = self.pipe.recv()
-        except (AssertionError, EOFError) as error:
-            self.process.kill()
+            wrong = self.pipe.recv() if self.pipe.poll(PATIENCE_S) else "it hangs"
+        except EOFError:
             self.process.join()
-            code, self.process = self.process.exitcode, None
-            raise AssertionError(f"{folder}: {error or f'the reader died with {code}'}") from None
-        assert not wrong, wrong
+            wrong = f"the reader died with {self.process.exitcode}"
+        if wrong:
+            self.process.kill()
+            self.process = None
+        assert not wrong, f"{folder}: {wrong}"
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +360,35 @@ def test_an_undamaged_dataset_is_read(whole, reader, tmp_path):
     assert seal_json(spelled(body)) == whole[name]
     relist(body, whole)
     assert seal_json(spelled(body)) == whole[name]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("twins", "clip", "dim"), None, "twins: clip: 'features' of None 'i1'; expected"),
+        (("twins", "image", "kind"), "pictures", "twins: image: 'pictures' of 0 ''; expected"),
+        (("shards", 1, "samples"), 0.5, "expected a plain file name and counts"),
+        (("shards", 1, "tokens"), 2**64, "expected a plain file name and counts"),
+        (("shards", 1, "footer_crc"), "x", "expected a plain file name and counts"),
+        (("files",), ["writing.json"], "files: found a list; expected names with checksums"),
+        (("files", "../x"), "00000000", "expected a name below the folder and a checksum"),
+    ],
+)
+def test_values_of_a_wrong_type_in_a_manifest_are_named(whole, tmp_path, path, value, message):
+    lay_out(whole, tmp_path)
+    (last,) = tmp_path.glob("manifest-000002-*")
+    body = json.loads(last.read_bytes())
+    del body["crc32c"]
+    *way, key = path
+    place = body
+    for step in way:
+        place = place[step]
+    place[key] = value
+    last.unlink()
+    text = spelled(body)
+    (tmp_path / f"manifest-000002-{hashlib.sha256(text).hexdigest()[:16]}.json").write_bytes(seal_json(text))
+    with pytest.raises(ShardError, match=message):
+        Dataset(tmp_path)
 
 
 @settings(max_examples=40, **RELAXED)

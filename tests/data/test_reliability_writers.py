@@ -35,7 +35,7 @@ KILLS_IN_A_ROW = 5
 class Writing:
     """A command, the folder that it begins with, and what it leaves there when nothing happens to it.
 
-    passed: the points that it passes; seconds: how long it takes.
+    passed: the points that it passes.
     """
 
     command: str
@@ -43,7 +43,6 @@ class Writing:
     before: Path
     after: dict[str, bytes] = field(default_factory=dict)
     passed: Counter = field(default_factory=Counter)
-    seconds: float = 0.0
 
     def folder(self, root: Path) -> Path:
         return shutil.copytree(self.before, root)
@@ -105,17 +104,13 @@ def writing(material, tmp_path_factory) -> Callable[[str], Writing]:
             command, line = WRITINGS[name]
             made = Writing(command, _arguments(line), material)
             folder = tmp_path_factory.mktemp(name)
-            log = {"VTRAIN_FAILPOINT_LOG": str(folder / "log")}
-            (ended,) = made.start(made.folder(folder / "points" / "root"), **log).wait()
+            log, root = folder / "points.log", made.folder(folder / "root")
+            (ended,) = made.start(root, VTRAIN_FAILPOINT_LOG=str(log)).wait()
             assert ended.code == 0, ended.output
-            made.passed.update((folder / "log").read_text().splitlines())
-            made.after = tree(folder / "points" / "root")
+            made.passed.update(log.read_text().splitlines())
+            made.after = tree(root)
             assert made.after != tree(material)
-            assert [problem for root in datasets(folder) for problem in verify(root)] == []
-            started = time.perf_counter()
-            (ended,) = made.start(made.folder(folder / "timed" / "root")).wait()
-            made.seconds = time.perf_counter() - started
-            assert tree(folder / "timed" / "root") == made.after
+            assert [problem for folder in datasets(root) for problem in verify(folder)] == []
             known[name] = made
         return known[name]
 
@@ -191,11 +186,14 @@ def test_every_writer_survives_every_fault(writing, tmp_path, name):
     print(f"{name}: {len(faults)} faults at {len(made.passed)} points")
 
 
-def begun(job: Job) -> bool:
-    """Wait until the process is the command's; False where it has ended already."""
-    while not job.logs[0].exists() and job.running():
-        time.sleep(0.001)
-    return job.running()
+def kill_after(points: int, job: Job, log: Path, draw: random.Random) -> bool:
+    """SIGKILL at any moment in the milliseconds after so many points were passed; False where the job ended before."""
+    while job.running() and (not log.exists() or log.read_bytes().count(b"\n") < points):
+        time.sleep(0.0005)
+    time.sleep(draw.uniform(0.0, 0.003))
+    hit = job.running()
+    job.kill()
+    return hit
 
 
 @pytest.mark.slow
@@ -205,15 +203,14 @@ def test_killed_at_random_moments_until_it_is_done(writing, tmp_path, name):
     kills = halves = number = 0
     while kills < RANDOM_KILLS // 2:
         number += 1
-        root = made.folder(tmp_path / str(number) / "root")
+        root, log = made.folder(tmp_path / str(number) / "root"), tmp_path / f"{number}.points"
         for _ in range(KILLS_IN_A_ROW):
-            job = made.start(root)
-            if begun(job):
-                time.sleep(draw.uniform(0.0, made.seconds))
-            kills += job.running()
-            job.kill()
+            log.unlink(missing_ok=True)
+            job = made.start(root, VTRAIN_FAILPOINT_LOG=str(log))
+            hit = kill_after(draw.randrange(made.passed.total() // 2), job, log, draw)
             check_nothing_wrong(made, root)
-            if (root / "out").exists() and not (root / "out" / manifest.LOCK_FILE).exists():
+            kills += hit
+            if not hit:
                 break
         halves += any((root / "out").rglob("*.vts")) and not datasets(root / "out")
         complete(made, root, f"{kills} kills")
@@ -230,14 +227,14 @@ def test_eight_processes_lose_nothing_though_some_are_killed(writing, tmp_path, 
     def start(root: Path, part: int) -> Job:
         words = made.arguments(root)
         words = [*words[:-3], str(part), "8", "8"] if name == "parts" else [*words, "--part", str(part), "--parts", "8"]
-        return Job(made.command, words, tmp_path / f"{part}.log")
+        log = root.with_name(f"{part}.points")
+        return Job(made.command, words, root.with_name(f"{part}.log"), VTRAIN_FAILPOINT_LOG=str(log))
 
     for number in range(4):
         root = made.folder(tmp_path / str(number) / "root")
         jobs = [start(root, part) for part in range(8)]
-        for job in draw.sample(jobs, 3 if number else 0):
-            time.sleep(draw.uniform(0.0, made.seconds / 2))
-            job.kill()
+        for part in draw.sample(range(4), 3 if number else 0):
+            kill_after(draw.randrange(20), jobs[part], root.with_name(f"{part}.points"), draw)
         codes = Counter(job.wait()[0].code for job in jobs)
         assert codes.keys() <= {0, -9}
         check_nothing_wrong(made, root)
@@ -261,12 +258,12 @@ def test_eight_processes_append_to_one_dataset_though_some_are_killed(tmp_path):
         before = Dataset(folder)
 
         def start(shard: Path) -> Job:
-            return Job(SHARDS, ["append", str(folder), str(shard)], shard.with_suffix(".log"))  # noqa: B023
+            points = {"VTRAIN_FAILPOINT_LOG": str(shard.with_suffix(".points"))}
+            return Job(SHARDS, ["append", str(folder), str(shard)], shard.with_suffix(".log"), **points)  # noqa: B023
 
         jobs = [start(shard) for shard in shards]
-        for job in draw.sample(jobs, 3):
-            time.sleep(draw.uniform(0.0, 0.03))
-            job.kill()
+        for n in draw.sample(range(8), 3):
+            kill_after(draw.randrange(8), jobs[n], shards[n].with_suffix(".points"), draw)
         assert {job.wait()[0].code for job in jobs} <= {0, -9}
         manifest.load(folder)
         assert [job.wait()[0].code for job in map(start, shards)] == [0] * 8

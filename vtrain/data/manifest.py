@@ -21,7 +21,7 @@ import numpy as np
 
 from vtrain._host import crc32c
 from vtrain.data import sidecars
-from vtrain.data.format import Footer, Kind, Schema, ShardError, ShardInfo, canonical_json, read_pages
+from vtrain.data.format import MAX_ROWS, Footer, Kind, Schema, ShardError, ShardInfo, canonical_json, read_pages
 from vtrain.data.twins import TwinInfo, TwinMeta
 from vtrain.files import naming, write_durably
 
@@ -29,6 +29,7 @@ VERSION = 1
 LOCK_FILE = ".lock"
 _NAME = re.compile(r"manifest-(\d{6,})-([0-9a-f]{16})\.json")
 _SEAL = re.compile(rb'\{\n "crc32c": "([0-9a-f]{8})",')
+_INFO_NAMES = {f.name for f in fields(ShardInfo)}
 _TWIN_NAME = re.compile(r"[a-z0-9_]{1,12}")
 _TWIN_KEYS = ("dim", "dtype", "files", "kind", "producer")
 
@@ -127,7 +128,7 @@ def _parse(path: Path, body: dict, digest: str) -> Manifest:
         }
         for key, expected in stated.items():
             if body[key] != expected:
-                raise ShardError(f"{path}: {key}: {body[key]}; expected {expected}")
+                raise ShardError(f"{path}: {key}: {_brief(body[key])}; expected {_brief(expected)}")
         return Manifest(
             path=path,
             generation=body["generation"],
@@ -150,14 +151,21 @@ def _parse(path: Path, body: dict, digest: str) -> Manifest:
         raise ShardError(f"{path}: {type(error).__name__}: {error}; expected the keys of a vtrain dataset") from None
 
 
+def _brief(value: object) -> str:
+    """The start of a text: the places of 10,000 shards are no line to read."""
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _shard_info(row: dict, path: Path) -> ShardInfo:
-    names = [f.name for f in fields(ShardInfo)]
-    if sorted(row) != sorted(names):
-        raise ShardError(f"{path}: shards: an entry has {', '.join(sorted(row))}; expected {', '.join(sorted(names))}")
+    if row.keys() != _INFO_NAMES:
+        found, expected = ", ".join(sorted(row)), ", ".join(sorted(_INFO_NAMES))
+        raise ShardError(f"{path}: shards: an entry has {found}; expected {expected}")
     info = ShardInfo(**row)
-    typed = [type(value) for value in row.values()] == [type(row[name]) for name in row]
-    if not _plain(info.file) or min(info.samples, info.tokens, info.bytes) < 0:
-        raise ShardError(f"{path}: shards: entry {info}; expected a plain file name and counts >= 0")
+    counts = (info.samples, info.tokens, info.bytes, info.footer_crc)
+    legal = [*map(type, counts)] == [int] * 4 and min(counts) >= 0 and max(counts[:2]) <= MAX_ROWS
+    if not _plain(info.file) or not legal:
+        raise ShardError(f"{path}: shards: entry {info}; expected a plain file name and counts of 0..{MAX_ROWS}")
     return info
 
 

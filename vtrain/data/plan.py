@@ -239,7 +239,7 @@ class Plan:
         columns = np.zeros((9, table.shape[1]), dtype=np.int64)
         columns[[0, 1, 2, 4, 5]] = table[[SOURCE, EPOCH, POSITION, START, STOP]]
         keep = np.zeros(table.shape[1], dtype=bool)
-        for s, epoch in np.unique(table[: EPOCH + 1], axis=1).T.tolist():
+        for s, epoch in sorted(set(zip(*table[[SOURCE, EPOCH]].tolist()))):
             own = np.flatnonzero((table[SOURCE] == s) & (table[EPOCH] == epoch))
             cursor, positions = self._planner.cursor(s), table[POSITION, own]
             passed = cursor.position if epoch == cursor.epoch else _size(self._sizes[s], epoch)

@@ -159,7 +159,7 @@ class Dataset(SampleReader):
 
     Open a folder (its latest generation) or one manifest file. path: the folder; hash: the manifest's; uuid64: the
     identity that all generations share. Opening compares the footer page of every shard with the manifest (10 us); the
-    rest of its pages is checked, and the file mapped, when it is first asked (80 us).
+    rest of its pages is checked, and the file mapped, when it is first asked (50 us).
     """
 
     def __init__(self, path: Path | str):

@@ -254,8 +254,8 @@ class Checker {
     };
 
     void add(const Span& next) {
-        bool joins = next.ids == open_.ids && next.begin == open_.stop && next.low == open_.low && next.end == open_.end;
-        if (!joins) {
+        bool same = next.ids == open_.ids && next.low == open_.low && next.end == open_.end;
+        if (!same || next.begin != open_.stop) {
             look();
             open_ = next;
         }

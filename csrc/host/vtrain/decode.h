@@ -25,7 +25,8 @@ struct Bounds {
     }
 };
 
-// Ids first..first+count-1 to out[count], and their bounds. The caller has checked the range. Both planes must be followed by 64 readable bytes; nothing is written behind out[count - 1].
+// Ids first..first+count-1 to out[count], and their bounds. The caller has checked the range. Both planes must be
+// followed by 64 readable bytes; nothing is written behind out[count - 1].
 Bounds decode(const TokenStore& store, uint64_t first, uint64_t count, int32_t* out);
 
 // Decode with "portable", "avx2" or "avx512" from now on, nullptr = the best of this machine; false where it has none.
