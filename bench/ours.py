@@ -48,9 +48,11 @@ def counts(composer: str, **options: Any) -> Callable[[Corpus, Path], Iterator[i
 
 
 def taken(step: Step, raw: bool) -> int:
-    """The tokens of a step. Of a raw pack everything is asked for, as a trainer would: it is made then."""
-    for pack in step.batches if raw else ():
-        _ = pack.ids, pack.cu_seqlens, pack.keys, pack.segments, pack.segment_cu, pack.runs, pack.run_cu
+    """The tokens of a step. Of raw packs the tensors of every bin are asked for, as the peers make them."""
+    if raw:
+        packs = step.batches
+        _ = packs.ids.unbind(), packs.cu_seqlens.unbind()
+        _ = packs.keys, packs.segments, packs.segment_cu, packs.runs, packs.run_cu
     return step.tokens
 
 

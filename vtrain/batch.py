@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtrain._host import finish_bins, rows_by_class
+from vtrain._host import finish_bins, lay_documents, rows_by_class
 from vtrain.vocab import Vocabulary
 
 IGNORE = -100  # a label that is not scored
@@ -186,10 +186,6 @@ class Bins:
         self.first = np.concatenate([[0], np.cumsum(self.documents)])
         self.bin_of = np.repeat(np.arange(A), self.documents)
         self.place = np.arange(len(lengths)) - self.first[self.bin_of]
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        starts = ends[:-1] - ends[self.first[self.bin_of]]
-        self.tokens = ends[self.first[1:]] - ends[self.first[:-1]]
-        self.rows = starts + self.bin_of * T
         self._take = take
         ids, self._ids = take((A, T), np.int32)
         labels, self._labels = take((A, T), np.int32)
@@ -202,9 +198,7 @@ class Bins:
         self.sources = np.full((A, S), -1, dtype=np.int32)
         self.stored_labels = np.zeros(len(lengths), dtype=np.uint8)
         self.cu, self._cu = take((A, S + 1), np.int32)
-        self.cu[...] = T
-        self.cu[:, 0] = 0
-        self.cu[self.bin_of, self.place + 1] = starts + lengths
+        self.rows, self.tokens = lay_documents(lengths, self.documents, self.cu, ids)
 
     def finish(self, vocab: Vocabulary, weighted: bool, tables: Sequence[str] = ()) -> list[PackedBatch]:
         """The batches; ValueError names the document that has an id or a label outside the vocabulary."""

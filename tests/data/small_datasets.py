@@ -49,8 +49,6 @@ def write_twin(shard: Path, name: str, dim: int) -> TwinInfo:
 def add_twin(folder: Path, name: str, shards: list[int], dim: int = 4) -> None:
     """A next generation with a twin of the shards of these numbers."""
     found = manifest.load(folder)
-    files = [None] * len(found.shards)
     for n in shards:
-        files[n] = write_twin(folder / found.shards[n].file, name, dim)
-    facts = {"kind": "features" if dim else "blobs", "dim": dim, "dtype": "f2" if dim else "", "producer": "p"}
-    manifest.add_twins(folder, {name: {**facts, "files": files}})
+        write_twin(folder / found.shards[n].file, name, dim)
+    manifest.add_twins(folder, name)

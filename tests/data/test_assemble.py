@@ -9,7 +9,7 @@ import torch
 from memory_dataset import SCHEMA, VOCAB, MemoryDataset, StoredSample, documents, pictures, texts
 from test_compose import ASSISTANT, USER, chats
 
-from vtrain._host import lay_pieces, spread_runs
+from vtrain._host import lay_documents, lay_pieces, spread_runs
 from vtrain.batch import PackedBatch
 from vtrain.data import Dataset, ShardWriter
 from vtrain.data.assemble import Assembler
@@ -341,3 +341,30 @@ def test_raw_packs_of_real_shards(tmp_path):
     for mine, theirs in zip(*packs):
         for name in ("ids", "cu_seqlens", "lengths", "keys", "segments", "segment_cu", "runs", "run_cu"):
             assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+
+
+def test_documents_are_laid_end_to_end():
+    lengths, documents = np.array([3, 0, 2, 5]), np.array([2, 0, 2])
+    ids, cu = np.zeros((3, 7), np.int32), np.zeros((3, 4), np.int32)
+    rows, tokens = lay_documents(lengths, documents, cu, ids)
+    assert (rows.tolist(), tokens.tolist()) == ([0, 3, 14, 16], [3, 0, 7])
+    assert cu.tolist() == [[0, 3, 3, 7], [0, 7, 7, 7], [0, 2, 7, 7]]
+    assert ids.tolist() == [[0] * 3 + [-1] * 4, [-1] * 7, [0] * 7]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "documents", "bins", "problem"),
+    [
+        ([3, 5], [2], 1, "documents that fit their bin"),
+        ([3, -1], [2], 1, "documents that fit their bin"),
+        ([1, 1, 1, 1], [4], 1, "as many documents as the bins hold"),
+        ([1, 1], [1], 1, "as many documents as the bins hold"),
+        ([1], [2], 1, "as many documents as the bins hold"),
+        ([1], [1], 2, "a row of cu and of ids per bin"),
+    ],
+)
+def test_documents_that_cannot_be_laid_are_refused(lengths, documents, bins, problem):
+    with pytest.raises(ValueError, match=problem):
+        lay_documents(
+            np.array(lengths), np.array(documents), np.zeros((bins, 4), np.int32), np.zeros((bins, 7), np.int32)
+        )

@@ -16,9 +16,10 @@ from crashes import leftovers, tree
 from vtrain import failpoints, shards
 from vtrain.data import importers
 from vtrain.data.importers import Options, Report, import_tokens, open_importer
-from vtrain.data.importers.base import groups, sampled_hash, stable_key
+from vtrain.data.importers.base import groups, sampled_hash
 from vtrain.data.manifest import generations
 from vtrain.data.reader import Dataset
+from vtrain.data.sources.record import stable_key
 from vtrain.data.verify import verify
 
 EOS, VOCAB = 9, 1000

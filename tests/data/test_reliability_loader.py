@@ -54,12 +54,9 @@ class Twofold:
     def _add_clip(self, part: MemoryDataset) -> None:
         found, everything = manifest.load(self.folder), np.arange(len(part))
         shard, column = self.folder / found.shards[-1].file, part.features("clip")
-        facts = {"dim": 3, "dtype": "f4", "producer": "test"}
-        with FeatureWriter(twin_path(shard, "clip"), shard, "clip", **facts) as writer:
+        with FeatureWriter(twin_path(shard, "clip"), shard, "clip", dim=3, dtype="f4", producer="test") as writer:
             writer.append(column.read(everything)[0], column.counts(everything)[0])
-        files = list(found.twins["clip"]["files"]) if found.twins else [None] * len(found.shards)
-        files[-1] = writer.info
-        manifest.add_twins(self.folder, {"clip": {"kind": "features", **facts, "files": files}})
+        manifest.add_twins(self.folder, "clip")
 
     def leave_out(self, numbers: list[int]) -> None:
         exclusions.leave_out(self.folder, exclusions.parse(",".join(map(str, numbers))))

@@ -68,10 +68,9 @@ def write_twins(shard: Path) -> dict[str, dict]:
 
 def add_twin(folder: Path) -> None:
     """Features `late` for every shard of a dataset, in a next generation."""
-    files = [_features(folder / info.file, "late", "bf16") for info in manifest.load(folder).shards]
-    manifest.add_twins(
-        folder, {"late": {"kind": "features", "dim": 3, "dtype": "bf16", "producer": "tower", "files": files}}
-    )
+    for info in manifest.load(folder).shards:
+        _features(folder / info.file, "late", "bf16")
+    manifest.add_twins(folder, "late")
 
 
 def _features(shard: Path, name: str, dtype: str) -> TwinInfo:

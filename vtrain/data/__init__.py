@@ -22,6 +22,7 @@ _HOME = {
     "Loader": "loader",
     "Modality": "format",
     "RawPack": "raw",
+    "RawPacks": "raw",
     "Role": "format",
     "Schema": "format",
     "ShardError": "format",

@@ -48,8 +48,9 @@ class SlotRows(NamedTuple):
 
 def chosen_documents(step: PlannedStep, bins: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
     """(int64[d] numbers of the documents in those bins, in their order; int64[bins] how many each has; None has 0)."""
-    first = np.array([0 if b is None else step.bin_cu[b] for b in bins], dtype=np.int64)
-    counts = np.array([0 if b is None else step.bin_cu[b + 1] - step.bin_cu[b] for b in bins], dtype=np.int64)
+    numbers = np.array([-1 if b is None else b for b in bins], dtype=np.int64)
+    first = step.bin_cu[numbers]
+    counts = np.where(numbers < 0, 0, step.bin_cu[numbers + 1] - first)
     return ragged(first, counts), counts
 
 

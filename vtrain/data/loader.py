@@ -23,7 +23,7 @@ from vtrain.data.mix import Source, check_sources
 from vtrain.data.order import StoredOrder
 from vtrain.data.plan import POOL, Misfits, Plan, PlannedStep, SourceReport, bin_cost, deal
 from vtrain.data.prefetch import prefetch
-from vtrain.data.raw import RawAssembler, RawPack
+from vtrain.data.raw import RawAssembler, RawPacks
 from vtrain.vocab import Vocabulary
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Step:
     documents, tokens: real ones over all ranks. sources: by name.
     """
 
-    batches: list[PackedBatch] | list[RawPack]
+    batches: list[PackedBatch] | RawPacks
     number: int
     bins: int
     documents: int
@@ -60,7 +60,7 @@ class Loader:
     drop, split or crop (counted). pool: samples that the packer can choose from. linear_cost: c of the cost l^2 + c*l
     by which bins are dealt to ranks.
 
-    raw: steps hold `RawPack`s, the stored samples without labels, instead of batches. tables: what batches also carry,
+    raw: steps hold `RawPacks`, the stored samples without labels, instead of batches. tables: what batches also carry,
     of batch.TABLES. prefetch: steps made ahead in a thread, 0 = none. readahead: steps planned before those, whose
     samples the kernel is told to fetch. pinned: batches lie in page-locked memory. prepare: called with every batch in
     the thread (other tables). The loader ends when every source has reached its max_epochs.

@@ -22,7 +22,7 @@ import numpy as np
 from vtrain._host import crc32c
 from vtrain.data import sidecars
 from vtrain.data.format import MAX_ROWS, Footer, Kind, Schema, ShardError, ShardInfo, canonical_json, read_pages
-from vtrain.data.twins import TwinInfo, TwinMeta
+from vtrain.data.twins import Twin, TwinInfo, TwinMeta, twin_path
 from vtrain.files import naming, write_durably
 
 VERSION = 1
@@ -250,11 +250,27 @@ def append(folder: Path | str, schema: Schema, shard_infos: Sequence[ShardInfo],
         return next_generation(folder, last, schema, [*listed, *new], skipped=skipped + (last.skipped if last else 0))
 
 
-def add_twins(folder: Path | str, twins: Mapping[str, Mapping]) -> Path:
-    """The next generation of a dataset, with more twins (as in `publish`) and all else as it is."""
+def add_twins(folder: Path | str, *names: str) -> Path:
+    """The next generation of a dataset: with the twins of these names that lie beside its shards, all else as it is.
+
+    A shard may be without. ShardError where none has such a twin, or where two differ in what they are.
+    """
+    folder = Path(folder)
     with locked(folder):
         last = load(folder)
+        twins = {name: _beside(folder, name, last.shards) for name in names}
         return next_generation(folder, last, last.schema, last.shards, skipped=last.skipped, twins=twins)
+
+
+def _beside(folder: Path, name: str, shards: Sequence[ShardInfo]) -> dict:
+    """What a manifest lists of the twins `name` that are there."""
+    paths = [twin_path(folder / info.file, name) for info in shards]
+    there = [path for path in paths if path.is_file()]
+    if not there:
+        raise ShardError(f"{paths[0]}: file: missing, and so for all shards; expected what a twin writer has finished")
+    meta = asdict(Twin(there[0]).meta)
+    files = [asdict(Twin(path).info) if path.is_file() else None for path in paths]
+    return {key: value for key, value in meta.items() if key != "name"} | {"files": files}
 
 
 def next_generation(

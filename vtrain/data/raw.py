@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vtrain._host import lay_documents
 from vtrain.batch import Take, fresh, seqlen_bucket
 from vtrain.data.assemble import chosen_documents, groups
 from vtrain.data.format import SEGMENT_SPAN
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vtrain.data.plan import PlannedStep
 
 Ragged = tuple[np.ndarray, np.ndarray]  # (flat, cu)
+RUN = np.dtype(np.uint32)
 
 
 @dataclass(slots=True)
@@ -48,32 +49,68 @@ class RawPack:
         return len(self.lengths)
 
 
+@dataclass(slots=True)
+class RawPacks(Sequence):
+    """The A bins of a step in one piece, so that a step can be copied to a device at once; `[a]` is a `RawPack`.
+
+    ids: int32[A,T]; cu_seqlens: int32[A,S+1]; tokens: int64[A]. The documents of all bins in order, bin a has
+    bin_cu[a]:bin_cu[a+1] of them: lengths, keys, segments with segment_cu int64[n+1], runs with run_cu int64[n+1].
+    """
+
+    ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    tokens: np.ndarray
+    bin_cu: np.ndarray
+    lengths: np.ndarray
+    keys: np.ndarray
+    segments: np.ndarray
+    segment_cu: np.ndarray
+    runs: np.ndarray
+    run_cu: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, a: int) -> RawPack:
+        a = range(len(self))[a]
+        first, last = self.bin_cu[a : a + 2].tolist()
+        segment_cu, run_cu = self.segment_cu[first : last + 1], self.run_cu[first : last + 1]
+        lengths, tokens = self.lengths[first:last], int(self.tokens[a])
+        return RawPack(
+            ids=self.ids[a],
+            cu_seqlens=self.cu_seqlens[a],
+            # the tail is a document, too
+            max_seqlen=seqlen_bucket(max(int(lengths.max(initial=0)), self.ids.shape[1] - tokens)),
+            lengths=lengths,
+            keys=self.keys[first:last],
+            segments=self.segments[segment_cu[0] : segment_cu[-1]],
+            segment_cu=segment_cu - segment_cu[0],
+            runs=self.runs[run_cu[0] : run_cu[-1]],
+            run_cu=run_cu - run_cu[0],
+            tokens=tokens,
+        )
+
+
 class RawAssembler:
     """Makes `RawPack`s; no composer is asked."""
 
     def __init__(self, sources: Sequence[Source], *, pack_tokens: int, max_documents: int) -> None:
         self.sources, self.pack_tokens, self.max_documents = sources, pack_tokens, max_documents
 
-    def __call__(self, step: PlannedStep, bins: Sequence[int | None], take: Take = fresh) -> list[RawPack]:
+    def __call__(self, step: PlannedStep, bins: Sequence[int | None], take: Take = fresh) -> RawPacks:
         """The packs of the bins of a step, all padding for None. `take` gives their memory."""
         documents, counts = chosen_documents(step, bins)
         A, T, n = len(counts), self.pack_tokens, len(documents)
         lengths, first = step.length[documents].astype(np.int64), cumulative(counts)
-        ends, bin_of = cumulative(lengths), np.repeat(np.arange(A), counts)
-        starts = ends[:-1] - ends[first[bin_of]]
-        tokens = ends[first[1:]] - ends[first[:-1]]
         ids, id_tensor = take((A, T), np.int32)
         bounds, cu_tensor = take((A, self.max_documents + 1), np.int32)
+        rows, tokens = lay_documents(lengths, counts, bounds, ids)
         flat = ids.reshape(-1)
-        flat[ragged(np.arange(A) * T + tokens, T - tokens)] = -1
-        bounds[...] = T
-        bounds[:, 0] = 0
-        bounds[bin_of, np.arange(n) - first[bin_of] + 1] = starts + lengths
 
         keys = np.empty(n, dtype=np.uint64)
         segments: list[tuple[np.ndarray, Ragged]] = []
         runs: list[tuple[np.ndarray, Ragged]] = []
-        begin, rows = step.start[documents].astype(np.int64), starts + bin_of * T
+        begin = step.start[documents].astype(np.int64)
         cut = (step.full != step.length)[documents]
         for source, _, places in groups(step, documents):
             dataset, index = self.sources[source].dataset, step.index[documents[places]]
@@ -85,31 +122,8 @@ class RawAssembler:
                 found_runs = _cut_runs(found_runs, begin[places], lengths[places])
             segments.append((places, found))
             runs.append((places, found_runs))
-        longest = T - tokens  # the tail is a document, too
-        np.maximum.at(longest, bin_of, lengths)
-        parts = (
-            id_tensor.unbind(),
-            cu_tensor.unbind(),
-            map(seqlen_bucket, longest.tolist()),
-            _split(lengths, first),
-            _split(keys, first),
-            *_split_ragged(_merged(segments, n, SEGMENT_SPAN), first),
-            *_split_ragged(_merged(runs, n, np.dtype(np.uint32)), first),
-            tokens.tolist(),
-        )
-        return [RawPack(*pack) for pack in zip(*parts)]
-
-
-def _split(rows: np.ndarray, first: np.ndarray) -> list[np.ndarray]:
-    return [rows[start:stop] for start, stop in pairwise(first.tolist())]
-
-
-def _split_ragged(table: Ragged, first: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Per bin its items, and the bounds of its documents among them, from 0."""
-    flat, cu = table
-    counts = np.diff(first) + 1  # bounds of a bin: one more than documents
-    bounds = cu[ragged(first[:-1], counts)] - np.repeat(cu[first[:-1]], counts)
-    return _split(flat, cu[first]), _split(bounds, cumulative(counts))
+        (all_segments, segment_cu), (all_runs, run_cu) = _merged(segments, n, SEGMENT_SPAN), _merged(runs, n, RUN)
+        return RawPacks(id_tensor, cu_tensor, tokens, first, lengths, keys, all_segments, segment_cu, all_runs, run_cu)
 
 
 def _merged(parts: list[tuple[np.ndarray, Ragged]], n: int, dtype: np.dtype) -> Ragged:

@@ -47,6 +47,35 @@ py::array_t<int64_t> as_columns(const std::vector<Span>& spans) {
     return out;
 }
 
+// Where documents lie that are laid end to end in their bins: writes cu [A, S+1] (its tail is T) and -1 into what the
+// bins leave free of ids [A, T]. Gives the first flat row of each document and the tokens of each bin.
+py::tuple lay_documents(In<int64_t> lengths, In<int64_t> documents, Out<int32_t> cu, Out<int32_t> ids) {
+    require(cu.ndim() == 2 && ids.ndim() == 2, "cu and ids of two dimensions");
+    const int64_t bins = flat(documents), n = flat(lengths), S = cu.shape(1) - 1, T = ids.shape(1);
+    require(cu.shape(0) == bins && ids.shape(0) == bins && S >= 0 && T <= INT32_MAX, "a row of cu and of ids per bin");
+    py::array_t<int64_t> rows(n), tokens(bins);
+    int64_t *row = rows.mutable_data(), *filled = tokens.mutable_data();
+    int32_t *bound = cu.mutable_data(), *id = ids.mutable_data();
+    const int64_t *length = lengths.data(), *count = documents.data();
+    int64_t d = 0;
+    for (int64_t a = 0; a < bins; ++a, bound += S + 1, id += T) {
+        require(0 <= count[a] && count[a] <= S && count[a] <= n - d, "as many documents as the bins hold");
+        int64_t at = 0;
+        bound[0] = 0;
+        for (int64_t i = 0; i < count[a]; ++i, ++d) {
+            require(0 <= length[d] && length[d] <= T - at, "documents that fit their bin");
+            row[d] = a * T + at;
+            at += length[d];
+            bound[i + 1] = static_cast<int32_t>(at);
+        }
+        std::fill(bound + count[a] + 1, bound + S + 1, static_cast<int32_t>(T));
+        std::fill(id + at, id + T, -1);
+        filled[a] = at;
+    }
+    require(d == n, "as many documents as the bins hold");
+    return py::make_tuple(rows, tokens);
+}
+
 // Cuts documents, [first, first + take) of each, out of their pieces and lays them at their rows. Literals and weights
 // are written here; what must be read comes back as spans.
 py::tuple lay_pieces(In<int64_t> cu, In<int64_t> sample, In<int32_t> start, In<int32_t> count, In<int32_t> token,
@@ -349,6 +378,10 @@ void rows_by_class(In<int32_t> labels, int64_t rows, In<int32_t> bases, Out<int3
 }  // namespace
 
 void bind_assemble(py::module_& m) {
+    m.def("lay_documents", &lay_documents, py::arg("lengths"), py::arg("documents"), py::arg("cu").noconvert(),
+          py::arg("ids").noconvert(),
+          "Write cu int32[A,S+1] of documents laid end to end in A bins, and -1 behind them into ids int32[A,T]; "
+          "(first flat row int64[D] of each document, tokens int64[A]).");
     m.def("lay_pieces", &lay_pieces, py::arg("cu"), py::arg("sample"), py::arg("start"), py::arg("count"),
           py::arg("token"), py::arg("weight"), py::arg("first"), py::arg("take"), py::arg("row"),
           py::arg("stored_labels"), py::arg("ids").noconvert(), py::arg("target").noconvert(),

@@ -143,15 +143,6 @@ def make_schema(kind: str, options: Options, **defaults: int) -> tuple[Schema, T
     return schema, tokenizer
 
 
-def stable_key(*parts: str | bytes) -> int:
-    """The u64 sample key (never 0) of a record that is known by these names or bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(digest.digest(), "little") or 1
-
-
 def skip_entry(key: int, record: str, reason: str) -> dict:
     """A line of skipped.jsonl."""
     return {"key": f"{key:#018x}", "record": record, "reason": reason}

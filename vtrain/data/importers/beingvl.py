@@ -29,13 +29,13 @@ from vtrain.data.importers.base import (
     relative_names,
     sampled_hash,
     skip_entry,
-    stable_key,
     whole_segments,
     without,
 )
 from vtrain.data.importers.json_records import Broken, JsonRecords
 from vtrain.data.samples import Samples, cumulative
 from vtrain.data.schema import Modality, Role, Schema, SegmentFlag
+from vtrain.data.sources.record import stable_key
 
 # Llama 3's ids and five specials, the codes of the image tokenizer, the ids that visual BPE adds
 TEXT, VISUAL, VBPE = 128261, 8192, 8192

@@ -31,12 +31,12 @@ from vtrain.data.importers.base import (
     load_array,
     make_schema,
     relative_names,
-    stable_key,
 )
 from vtrain.data.importers.json_records import Broken, JsonRecords
 from vtrain.data.samples import cumulative
 from vtrain.data.schema import Modality, Role
 from vtrain.data.sources.file_patterns import find_files
+from vtrain.data.sources.record import stable_key
 from vtrain.rng import fold, uniform
 
 VISUAL = 64000  # codes of the Cosmos tokenizers

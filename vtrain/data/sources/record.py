@@ -95,10 +95,10 @@ def cut(file: int, count: int, size: int) -> list[Unit]:
     return [Unit(file, first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def stable_key(*parts: str) -> int:
+def stable_key(*parts: str | bytes) -> int:
     """The u64 key of what a record is known by; never 0, which batches give to padding."""
-    digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
+    known_by = b"\0".join(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part for part in parts)
+    return int.from_bytes(hashlib.blake2b(known_by, digest_size=8).digest(), "little") or 1
 
 
 def inside(root: Path, name: str) -> Path:
