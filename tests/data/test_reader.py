@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -306,3 +307,14 @@ def test_a_shard_of_another_dataset_in_the_place_of_ours_is_refused(tmp_path):
         other.append_batch(*arguments, **options)
     with pytest.raises(ShardError, match=r"00000.vts: footer: .* the manifest expects"):
         Dataset(tmp_path)
+
+
+def test_a_worker_process_opens_the_generation_that_was_sent(tmp_path):
+    parts = [some_samples(5), some_samples(3, seed=9)]
+    dataset, everything = _dataset(tmp_path, parts[0]), np.arange(5)
+    sent = pickle.dumps([dataset, dataset.shard(0)])
+    _dataset(tmp_path, *parts)
+    there, shard = pickle.loads(sent)
+    assert (there.hash, len(there), len(Dataset(tmp_path))) == (dataset.hash, 5, 8)
+    assert there.read(everything)[0].tolist() == dataset.read(everything)[0].tolist()
+    assert shard.keys(everything).tolist() == dataset.keys(everything).tolist()

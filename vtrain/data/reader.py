@@ -142,6 +142,9 @@ class Shard(SampleReader):
         sections = [(s.id, s.offset, s.bytes, s.dtype.itemsize) for s in known]
         table.attach(number, str(self.path), self.data, sections, self.footer.max_id)
 
+    def __reduce__(self) -> tuple:
+        return Shard, (self.path,)
+
     def __len__(self) -> int:
         return self.footer.samples
 
@@ -174,6 +177,10 @@ class Dataset(SampleReader):
         self._table = self._new_table(self.manifest.starts.tolist())
         self._shards: dict[int, Shard] = {}
         self._twins: dict[tuple[str, str], FeatureColumn | BlobColumn] = {}
+
+    def __reduce__(self) -> tuple:
+        """Pickled as the manifest that is open: a worker process of another loader opens the same generation."""
+        return Dataset, (self.manifest.path,)
 
     def __len__(self) -> int:
         return self.manifest.samples
