@@ -12,4 +12,6 @@ fi
 ruff check .
 ruff format --check .
 python scripts/config_reference.py --check
-exec python -m pytest -n 2 --dist loadfile "${marker[@]}" "$@"
+python -m pytest -n 2 --dist loadfile "${marker[@]}" "$@"
+# Triton decides at its import whether it interprets: a process of its own.
+TRITON_INTERPRET=1 exec python -m pytest -n 2 --dist loadfile "${marker[@]}" tests/interpreter

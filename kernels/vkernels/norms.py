@@ -15,6 +15,7 @@ from vkernels.registry import (
     define,
     define_autograd,
     define_backward,
+    jit,
     on_cpu,
 )
 
@@ -72,6 +73,7 @@ _op = define(
     "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     fake=_fake_forward,
     cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
+    triton=jit("norms", "rms_norm_forward", "rms_norm_backward"),
     torch=Backend(_forward, _backward, anywhere),
 )
 _backward_op = define_backward(

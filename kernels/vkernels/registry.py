@@ -1,4 +1,4 @@
-"""The table of ops: which backends each has, which one a device gets, and how an op is made known to torch.
+"""The table of ops: which backends each has, which one a call gets, and how an op is made known to torch.
 
 Every op is one `torch.library` schema with a fake implementation and an autograd kernel; its real implementation asks
 this table for the backend of the device at hand. Backends of one op save the same tensors for the backward pass.
@@ -6,27 +6,46 @@ this table for the backend of the device at hand. Backends of one op save the sa
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import logging
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+from vkernels import measured
 
 log = logging.getLogger("vkernels")
 library = torch.library.Library("vkernels", "DEF")
 
+# What decides between backends besides the device: {"head_dim": 128, "mask": "causal", ...}, as the op defines it.
+Facts = Mapping[str, Any]
+
+
+def takes_all(facts: Facts) -> str | None:
+    return None
+
 
 class Backend(NamedTuple):
-    """One implementation of an op. `can_run(device)` is None where it runs, else the reason why it does not."""
+    """One implementation of an op.
+
+    `can_run(device)` is None where it runs, else the reason why it does not; `takes(facts)` likewise for what it is
+    called with, where the op has facts.
+    """
 
     forward: Callable
     backward: Callable | None
     can_run: Callable[[torch.device], str | None]
+    takes: Callable[[Facts], str | None] = takes_all
 
 
 _table: dict[str, dict[str, Backend]] = {}  # op -> backend name -> backend, the preferred one first
 _forced: dict[str, str] = {}
-_chosen: dict[tuple[str, torch.device], Backend] = {}
+_chosen: dict[tuple, Backend] = {}  # (op, device, *facts) -> backend
+_said: set[tuple] = set()  # what was logged
 
 
 def on_cpu(device: torch.device) -> str | None:
@@ -37,15 +56,61 @@ def anywhere(device: torch.device) -> str | None:
     return None
 
 
-def define(op: str, schema: str, *, fake: Callable, **backends: Backend) -> Callable:
-    """Register `vkernels::<op><schema>` with its backends, in order of preference. -> the raw torch op."""
+def on_gpu(device: torch.device) -> str | None:
+    """Triton kernels: on CUDA, and on the CPU where Triton's interpreter stands in for it (TRITON_INTERPRET=1)."""
+    if device.type == "cuda" or (device.type == "cpu" and _interpreting()):
+        return None if _has_triton() else "triton is not installed"
+    return f"it runs on GPUs only, the tensors are on {device.type}"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def jit(module: str, forward: str, backward: str | None = None, takes: Callable = takes_all) -> Backend:
+    """The backend of the functions `forward` and `backward` of `vkernels.jit.<module>`, imported when first called."""
+    return Backend(_on_device(module, forward), backward and _on_device(module, backward), on_gpu, takes)
+
+
+def _on_device(module: str, name: str) -> Callable:
+    """Calls `vkernels.jit.<module>.<name>` with the tensors' device as the current one, on which Triton launches."""
+
+    def call(*args):
+        launch = getattr(importlib.import_module(f"vkernels.jit.{module}"), name)
+        device = _device_of(args)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launch(*args)
+        return launch(*args)
+
+    return call
+
+
+def define(
+    op: str, schema: str, *, fake: Callable, facts: Callable[..., Facts] | None = None, **backends: Backend
+) -> Callable:
+    """Register `vkernels::<op><schema>` with its backends, in order of preference. -> the raw torch op.
+
+    `facts(*args)` tells of a call what may decide between backends beyond the device; the order that was measured for
+    such facts on the GPU at hand comes before the order here, see `measured`.
+    """
     _table[op] = backends
-    return _define(op, schema, fake, lambda *args: select(op, _device_of(args)).forward(*args))
+    return _define(op, schema, fake, lambda *args: _pick(op, op, facts, args).forward(*args))
 
 
-def define_backward(op: str, schema: str, *, fake: Callable) -> Callable:
+def define_backward(op: str, schema: str, *, fake: Callable, facts: Callable[..., Facts] | None = None) -> Callable:
     """Register `vkernels::<op>_backward`, served by the backends that `define` listed. -> the raw torch op."""
-    return _define(f"{op}_backward", schema, fake, lambda *args: select(op, _device_of(args)).backward(*args))
+    name = f"{op}_backward"
+    return _define(name, schema, fake, lambda *args: _pick(op, name, facts, args).backward(*args))
+
+
+def _pick(op: str, name: str, facts: Callable[..., Facts] | None, args: Sequence) -> Backend:
+    return select(op, _device_of(args), facts(*args) if facts else {}, name)
 
 
 def define_autograd(op: str, function: type[torch.autograd.Function], pack: Callable | None = None) -> None:
@@ -100,29 +165,46 @@ def backends(op: str) -> tuple[str, ...]:
     return tuple(_of(op))
 
 
-def select(op: str, device: torch.device) -> Backend:
-    """The backend that serves `op` on `device`: the forced one, else the first that can run. Logged once a device."""
-    backend = _chosen.get((op, device))
+def select(op: str, device: torch.device, facts: Facts | None = None, name: str = "") -> Backend:
+    """The backend that serves `op` on `device`: the forced one, else the first that can run. A choice is logged once.
+
+    `name`: under which the order was measured, where forward and backward pass differ (default: the op's).
+    """
+    facts = facts or {}
+    key = (op, device, name or op, *facts.items())
+    backend = _chosen.get(key)
     if backend is None:
-        name = _choose(op, device)
-        log.info("%s on %s: backend %s%s", op, device, name, " (forced)" if op in _forced else "")
-        backend = _chosen[op, device] = _table[op][name]
+        chosen = _choose(op, device, facts, name or op)
+        if (op, device, name, chosen) not in _said:
+            _said.add((op, device, name, chosen))
+            log.info("%s on %s: backend %s%s", name or op, device, chosen, " (forced)" if op in _forced else "")
+        backend = _chosen[key] = _table[op][chosen]
     return backend
 
 
-def _choose(op: str, device: torch.device) -> str:
+def _choose(op: str, device: torch.device, facts: Facts, name: str) -> str:
     table = _of(op)
     if op in _forced:
-        name = _forced[op]
-        reason = table[name].can_run(device)
+        reason = _refusal(table[_forced[op]], device, facts)
         if reason is not None:
-            raise ValueError(f"vkernels.{op}: the forced backend {name!r} cannot run: {reason}")
-        return name
-    reasons = {name: backend.can_run(device) for name, backend in table.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
+            raise ValueError(f"vkernels.{op}: the forced backend {_forced[op]!r} cannot run: {reason}")
+        return _forced[op]
+    reasons = {}
+    for candidate in sorted(table, key=_rank(measured.order(name, device, facts))):
+        reasons[candidate] = _refusal(table[candidate], device, facts)
+        if reasons[candidate] is None:
+            return candidate
     raise ValueError(f"vkernels.{op}: no backend runs on {device}: {reasons}")
+
+
+def _refusal(backend: Backend, device: torch.device, facts: Facts) -> str | None:
+    reason = backend.can_run(device)
+    return backend.takes(facts) if reason is None else reason
+
+
+def _rank(order: Sequence[str]) -> Callable[[str], int]:
+    """A sort key: what was measured first, in that order; the rest after it, as they were (sorting is stable)."""
+    return lambda name: order.index(name) if name in order else len(order)
 
 
 def _of(op: str) -> dict[str, Backend]:
@@ -159,6 +241,7 @@ def _set(op: str, backend: str | None) -> None:
         _forced[op] = backend
     for key in [key for key in _chosen if key[0] == op]:
         del _chosen[key]
+    _said.difference_update([key for key in _said if key[0] == op])
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Backends: chosen by device, logged once, forced, refused with a reason; fake tensors; what importing costs."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vkernels
-from vkernels import registry
+from vkernels import measured, registry
 
 
 @pytest.fixture
@@ -68,8 +69,7 @@ def test_unknown_names_are_errors(toy):
 
 def test_every_op_runs_on_the_cpu():
     for op in registry.ops():
-        assert registry.select(op, torch.device("cpu"))
-        assert set(vkernels.backends(op)) <= {"cpu", "torch"}
+        assert registry._choose(op, torch.device("cpu"), {}, op) in {"cpu", "torch"}
 
 
 def test_the_backward_pass_uses_the_same_choice(monkeypatch):
@@ -135,3 +135,47 @@ def test_a_block_runs_forward_and_backward_on_fake_tensors():
 def test_import_needs_no_triton():
     blocked = "import sys; sys.modules['triton'] = None; import vkernels; assert 'vtrain' not in sys.modules"
     subprocess.run([sys.executable, "-c", blocked], check=True)
+
+
+@pytest.fixture
+def measured_order(monkeypatch, tmp_path):
+    """A table of measurements for every device, given as a dictionary."""
+
+    def use(table):
+        (tmp_path / "toy-gpu.json").write_text(json.dumps(table))
+        monkeypatch.setattr(measured, "FOLDER", tmp_path)
+        monkeypatch.setattr(measured, "_gpu", lambda device: measured.slug("Toy (GPU)"))
+
+    measured._table.cache_clear()
+    yield use
+    measured._table.cache_clear()
+
+
+def test_the_measured_order_comes_first(toy, monkeypatch, measured_order):
+    def no_wide(facts):
+        return "the heads are too wide" if facts["D"] > 128 else None
+
+    def named(name, takes=registry.takes_all):
+        return registry.Backend(lambda: name, None, registry.anywhere, takes)
+
+    monkeypatch.setattr(registry, "_table", {"toy": {"a": named("a"), "b": named("b", no_wide), "c": named("c")}})
+    measured_order({"toy": [{"where": {"mask": "causal"}, "order": ["b", "c"]}],
+                    "toy_backward": [{"where": {}, "order": ["c"]}]})  # fmt: skip
+
+    def chosen(name="toy", **facts):
+        return registry.select("toy", torch.device("cpu"), facts, name).forward()
+
+    assert chosen(mask="causal", D=64) == "b"
+    assert chosen(mask="causal", D=256) == "c"  # b does not take it
+    assert chosen(mask="window", D=64) == "a"  # not measured: the order of the table
+    assert chosen("toy_backward", mask="window", D=64) == "c"
+    with vkernels.force("toy", "b"), pytest.raises(ValueError, match="'b' cannot run: the heads are too wide"):
+        chosen(mask="causal", D=256)
+
+
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "GPUs only" in registry.on_gpu(torch.device("cpu"))
+    assert registry.on_gpu(torch.device("cuda", 0)) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert registry.on_gpu(torch.device("cpu")) is None
