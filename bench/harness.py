@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -32,22 +33,44 @@ def environment(package: str = "") -> dict[str, Any]:
     import torch
 
     found = {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": f"{_processor()}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
         "load": LOAD,
     }
+    if torch.cuda.is_available():
+        found |= _gpu()
     if package:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found["peer"] = f"{package} {metadata.version(package)}"
     return found
 
 
+@functools.cache
+def _gpu() -> dict[str, str]:
+    import torch
+
+    found = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    return found
+
+
+@functools.cache
+def _commit() -> str:
+    """Of this checkout; of a copy without its history, what VTRAIN_COMMIT says."""
+    if "VTRAIN_COMMIT" in os.environ:
+        return os.environ["VTRAIN_COMMIT"]
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
+
+
 def _git(*command: str) -> str:
-    done = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip()
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+    return ""
 
 
 def _processor() -> str:
@@ -74,14 +97,18 @@ class Rows:
         shape: dict[str, Any] | None = None,
         dtype: str = "",
         baseline: float | None = None,
+        less: bool = False,
         package: str = "",
         error: str = "",
         **more: Any,
     ) -> dict[str, Any]:
-        """One row: quantiles of `values`, one value a round; ratio = median / baseline. No values = why, in `error`."""
+        """One row: quantiles of `values`, one value a round; no values = why, in `error`.
+
+        ratio: median / baseline; the inverse where `less` is better, as of times.
+        """
         row = {"suite": self.suite, "case": case, "impl": impl, "shape": shape or {}, "dtype": dtype}
         row |= quantiles(values) if values else {"p20": None, "p50": None, "p80": None, "error": error}
-        ratio = round(row["p50"] / baseline, 4) if values and baseline else None
+        ratio = round(baseline / row["p50"] if less else row["p50"] / baseline, 4) if values and baseline else None
         row |= {"unit": unit, "ratio": ratio, "rounds": len(values), **more, "env": environment(package)}
         if self.path is not None:
             with open(self.path, "a") as file:

@@ -32,7 +32,12 @@ MODULES = ("vtrain", "vtrain._host", "vtrain.pretrain", "vkernels", "vkernels._h
 def run(*command: str | Path, cwd: Path | str) -> str:
     """What a command prints, with nothing in its environment that changes where Python imports from."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment |= {
+        "VTRAIN_CUDA": "0",
+        "OMP_NUM_THREADS": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -100,6 +105,7 @@ def test_the_sdist_is_the_whole_source(built):
         "LICENSE",
         "THIRD_PARTY.md",
         "scripts/env.sh",
+        "csrc/cuda/sampling.cu",
         "csrc/host/vtrain/module.cpp",
         "csrc/host/vkernels/vec.h",
     }

@@ -88,6 +88,7 @@ class PackedBatch:
     segments int32[M, 8] or None: first row, tokens, modality, role, t, h, w, document; -1 where there are fewer.
     rows_by_class int32 or None: rows grouped by the vocabulary range of their label, range r at class_cu[r]:
     class_cu[r+1] (int32[R+1]), each group filled up to whole blocks of 512 with T, as is the rest.
+    kernel_tables: {argument of an op: int32 tensors}, work lists that were made on the host (by the loader's `prepare`).
     Host only: lengths int64[documents] of the real documents; tokens, their sum; scored, the number of labels; counts
     {name: sum of label weights}: "next_token" over all labels and one entry per vocabulary range; sources int32[S] (-1
     for padding).
@@ -106,6 +107,7 @@ class PackedBatch:
     segments: torch.Tensor | None = None
     rows_by_class: torch.Tensor | None = None
     class_cu: torch.Tensor | None = None
+    kernel_tables: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tokens: int = 0
     scored: int = 0
@@ -167,7 +169,15 @@ class PackedBatch:
             values = {f.name: getattr(owner, f.name) for f in fields(owner)}
             return {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, torch.Tensor)}
 
-        return replace(self, **moved(self), slots={name: replace(s, **moved(s)) for name, s in self.slots.items()})
+        return replace(
+            self,
+            **moved(self),
+            slots={name: replace(s, **moved(s)) for name, s in self.slots.items()},
+            kernel_tables={
+                name: tuple(t.to(device, non_blocking=True) for t in tables)
+                for name, tables in self.kernel_tables.items()
+            },
+        )
 
 
 class Bins:

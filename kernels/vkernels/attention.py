@@ -11,15 +11,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.attention_facades import FLASH, LIBRARIES, TRITON
 from vkernels.host import dense_heads, to_numpy
 from vkernels.registry import (
     Backend,
+    Facts,
     accumulate_dtype,
     anywhere,
     below_autograd,
     define,
     define_autograd,
     define_backward,
+    interpreting,
     on_cpu,
 )
 
@@ -46,8 +49,9 @@ def varlen_attention(
     Causal in the document; where a document has other numbers of queries and keys, the last query sees the last key.
     kv_lo, kv_hi int32[Tq]: the query attends keys in [kv_lo, kv_hi), absolute rows of k, cut to its document; kv_lo
     replaces the document's start, kv_hi the causal bound. A query without keys gives 0 and lse -inf. max_seqlen: upper
-    bounds of the lengths (0 = the number of rows). scale: default 1 / sqrt(D). tiles: work list made on the host for
-    kernels that take one; the backends here need none. lse gets no gradient.
+    bounds of the lengths (0 = the number of rows). scale: default 1 / sqrt(D), above 0. tiles: what `attention_tiles`
+    made on the host of the same cu_seqlens, kv_lo and kv_hi, on q's device; without it, kernels that walk such a list
+    make it on the device. lse gets no gradient. ValueError for shapes, scale or tiles that do not fit.
     """
     Tq, Hq, D = q.shape
     Tk, Hk, _ = k.shape
@@ -56,6 +60,8 @@ def varlen_attention(
             f"varlen_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected [Tq, Hq, D], "
             "[Tk, Hk, D] twice, with Hq a multiple of Hk"
         )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"varlen_attention: scale is {scale}, expected a number above 0")
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
     out, lse = _op(
@@ -69,6 +75,7 @@ def varlen_attention(
         kv_lo,
         kv_hi,
         1 / math.sqrt(D) if scale is None else scale,
+        tiles,
     )
     return (out, lse) if return_lse else out
 
@@ -101,7 +108,7 @@ def _chunks(q, k, v, bounds):
         yield rows, Q[:, :, rows], K, V, mask
 
 
-def _masked_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+def _masked_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     Tq, Hq, D = q.shape
     acc = accumulate_dtype(q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -115,7 +122,7 @@ def _masked_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
     return out, lse
 
 
-def _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+def _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     Tq, Hq, D = q.shape
     Tk, Hk, _ = k.shape
     acc = accumulate_dtype(q.dtype)
@@ -136,42 +143,6 @@ def _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_
     return dq, dk.transpose(0, 1).contiguous().to(k.dtype), dv.transpose(0, 1).contiguous().to(v.dtype)
 
 
-def _flash_takes(q, k, kv_lo, kv_hi):
-    """Whether torch's own packed flash attention can do it: causal, half precision, on a GPU that has it."""
-    return (
-        q.is_cuda
-        and kv_lo is None
-        and kv_hi is None
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[2] <= 256
-        and q.shape[2] % 8 == 0
-        and min(q.shape[0], k.shape[0]) > 0
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
-
-
-def _torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
-    if not _flash_takes(q, k, kv_lo, kv_hi):
-        return _masked_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale)
-    cu_q, cu_k = cu_q.int(), cu_k.int()
-    # The operators under torch.nn.attention.varlen, which has no separate backward to call.
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale
-    )
-    return out, lse.masked_fill(lse == float("inf"), float("-inf"))  # its sign for a query without keys
-
-
-def _torch_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
-    if not _flash_takes(q, k, kv_lo, kv_hi):
-        return _masked_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale)
-    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-    seed, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    grads = torch.ops.aten._flash_attention_backward(
-        do.contiguous(), q, k, v, out, lse, cu_q.int(), cu_k.int(), max_q, max_k, 0.0, True, seed, unused, scale=scale
-    )
-    return tuple(g.contiguous() for g in grads)
-
-
 def _int32(x):
     return None if x is None else to_numpy(x.to(torch.int32).contiguous())
 
@@ -182,7 +153,7 @@ def _operands(q, k, v):
     return [dense_heads(x.to(acc)) for x in (q, k, v)]
 
 
-def _cpu_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+def _cpu_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     q_, k_, v_ = _operands(q, k, v)
     out = torch.empty(q.shape, dtype=q_.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=q_.dtype)
@@ -192,7 +163,7 @@ def _cpu_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
     return out.to(q.dtype), lse
 
 
-def _cpu_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+def _cpu_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     q_, k_, v_ = _operands(q, k, v)
     acc = q_.dtype
     grads = [torch.empty(x.shape, dtype=acc) for x in (q, k, v)]
@@ -202,36 +173,67 @@ def _cpu_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi,
     return tuple(g.to(x.dtype) for g, x in zip(grads, (q, k, v)))
 
 
-def _fake_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+def _fake_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=accumulate_dtype(q.dtype))
 
 
-def _fake_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+def _fake_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _takes(facts: Facts) -> str | None:
+    """What the Triton kernels take."""
+    largest = 256 if facts["dtype"] in ("bfloat16", "float16") else 128
+    if facts["head_dim"] > largest:
+        return f"it takes head sizes up to {largest} in {facts['dtype']}, not {facts['head_dim']}"
+    if facts["dtype"] == "float64" and not interpreting():
+        return "it takes float64 in Triton's interpreter only"
+    return None
+
+
+def _facts(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles) -> Facts:
+    return {
+        "head_dim": q.shape[2],
+        "mask": "causal" if kv_lo is None and kv_hi is None else "interval",
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "gqa": q.shape[1] != k.shape[1],
+        "same": cu_q is cu_k or (cu_q.data_ptr() == cu_k.data_ptr() and cu_q.shape == cu_k.shape),
+        "empty": q.numel() == 0 or k.numel() == 0,
+    }
+
+
+def _facts_backward(do, q, k, v, out, lse, *rest) -> Facts:
+    return _facts(q, k, v, *rest)
 
 
 _op = define(
     "varlen_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
-    " Tensor? kv_lo, Tensor? kv_hi, float scale) -> (Tensor, Tensor)",
+    " Tensor? kv_lo, Tensor? kv_hi, float scale, Tensor? tiles) -> (Tensor, Tensor)",
     fake=_fake_forward,
+    facts=_facts,
     cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
-    torch=Backend(_torch_forward, _torch_backward, anywhere),
+    flash=FLASH,
+    triton=TRITON._replace(takes=_takes),
+    torch=Backend(_masked_forward, _masked_backward, anywhere),
+    **LIBRARIES,
 )
 _backward_op = define_backward(
     "varlen_attention",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? kv_lo, Tensor? kv_hi, float scale) -> (Tensor, Tensor, Tensor)",
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? kv_lo, Tensor? kv_hi, float scale, Tensor? tiles)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    facts=_facts_backward,
 )
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale):
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
         with below_autograd():
-            out, lse = _op(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, kv_lo, kv_hi)
+            out, lse = _op(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, kv_lo, kv_hi, tiles)
         ctx.numbers = max_q, max_k, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -239,10 +241,10 @@ class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
-        q, k, v, out, lse, cu_q, cu_k, kv_lo, kv_hi = ctx.saved_tensors
+        q, k, v, out, lse, cu_q, cu_k, kv_lo, kv_hi, tiles = ctx.saved_tensors
         max_q, max_k, scale = ctx.numbers
-        grads = _backward_op(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale)
-        return *grads, None, None, None, None, None, None, None
+        grads = _backward_op(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles)
+        return *grads, None, None, None, None, None, None, None, None
 
 
 define_autograd("varlen_attention", _VarlenAttention)

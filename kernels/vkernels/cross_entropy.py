@@ -1,15 +1,20 @@
-"""Output head and cross-entropy in one op: the logits of all rows never exist at once.
+"""Output head and cross-entropy in one op: the logits of all rows never exist at once, and are made once.
 
-Rows are taken in chunks; the backward pass makes each chunk's logits again and turns them into their gradient in place.
+Where one factor scales all that a weight's gradient is made of, the gradients are made in the forward pass, for a
+factor of one, and scaled in the backward pass: 6 C V operations a row. Elsewhere (sums of several ranges that may be
+weighed differently, over rows that see several ranges) the backward pass makes the logits again: 8 C V.
+Held from the forward to the backward pass: the gradients in float32, 4 (T C + V C) bytes, instead of 2 T V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from vkernels import head
 from vkernels.registry import (
     Backend,
     accumulate_dtype,
@@ -18,10 +23,22 @@ from vkernels.registry import (
     define,
     define_autograd,
     define_backward,
+    jit,
     on_cpu,
 )
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one chunk's float32 logits; a second copy lives for a moment
+
+class RangeMetrics(NamedTuple):
+    """Of the scored rows by the range of their label, float32[ranges] each, without gradients.
+
+    loss: the sum of their weighted losses. count: of their weights. scored: how many have a weight other than 0.
+    correct: for how many of these the label is the likeliest column they may choose (the lowest one of equals).
+    """
+
+    loss: torch.Tensor
+    count: torch.Tensor
+    scored: torch.Tensor
+    correct: torch.Tensor
 
 
 def linear_cross_entropy(
@@ -33,187 +50,237 @@ def linear_cross_entropy(
     sizes: Sequence[int],
     row_weight: torch.Tensor | None = None,
     row_class: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rows: torch.Tensor | None = None,
+    class_cu: Sequence[int] | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    joint: bool = False,
+    metrics: bool = False,
+):
     """Cross-entropy of h[T, C] @ weights[i][:sizes[i]].T over the union of all ranges. -> (sum, count) float32[ranges].
 
     Entry i holds the loss and the weight of the rows whose label lies in [bases[i], bases[i] + sizes[i]); other labels
-    (negative, or in no range) are ignored. row_weight float32[T] multiplies each row's loss and count (default 1).
+    (negative, or in no range) are ignored. row_weight float32[T] multiplies each row's loss and count (default 1); a
+    row of weight 0 adds exactly 0, whatever it holds. `sum` is differentiable in h and weights (of one dtype with h);
+    entry-wise, with any factors. float64 tensors give float64 sums.
+
     row_class int[T] restricts the softmax of a row to range row_class[t]; a negative one leaves it whole. A label
-    outside its row's class costs infinity. `sum` is differentiable in h and weights; entry-wise, with any factors.
+    outside its row's class costs infinity. The products are made with all ranges all the same; not so with
+    rows int32[>= class_cu[-1]] and class_cu: only these rows are scored (each is listed once; T is padding), and
+    rows[class_cu[i]:class_cu[i + 1]] against range i alone. class_cu, ints of the host, has one entry more than there
+    are ranges, or two: the last group is then scored against all of them, so [0] * (ranges + 1) + [n] is n rows of a
+    whole softmax.
+
+    z_loss: the factor of lse^2 in each row's loss. label_smoothing: the share of the label that is spread evenly over
+    the columns a row may choose from. softcap c > 0: logits are c * tanh(logits / c).
+    joint: sum and count are scalars, over all ranges, and the gradients cost less (see the head of this file).
+    metrics: -> (sum, count, RangeMetrics).
     """
+    check("linear_cross_entropy", h, weights, bases, sizes, row_class, rows, class_cu, softcap)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing {label_smoothing}, expected one in [0, 1)")
+    options = rows, None if class_cu is None else list(class_cu), z_loss, label_smoothing, softcap, joint, metrics
+    lists = list(weights), list(bases), labels, list(sizes)
+    total, count, table = _op(h, *lists, row_weight, row_class, *options, [])[:3]
+    return (total, count, RangeMetrics(*table.unbind())) if metrics else (total, count)
+
+
+def check(op, h, weights, bases, sizes, row_class, rows, class_cu, softcap) -> None:
+    """What both ops over the output head ask of their arguments."""
     if not len(weights) == len(bases) == len(sizes) or not weights:
         found = f"{len(weights)} weights, {len(bases)} bases, {len(sizes)} sizes"
-        raise ValueError(f"linear_cross_entropy: {found}; expected as many of each, and at least one")
-    return _op(h, list(weights), list(bases), labels, list(sizes), row_weight, row_class)[:2]
-
-
-def _chunk_rows(h, sizes):
-    limit = _CHUNK_BYTES.get(h.device.type, 32 << 20)
-    return max(1, limit // (4 * sum(sizes)))
-
-
-def _label_columns(labels, bases, sizes):
-    """-> (each label's column in the joined logits, 0 where ignored; its range, n_ranges where ignored), int64[T]."""
-    column = torch.zeros_like(labels, dtype=torch.int64)
-    kind = torch.full_like(column, len(bases))
-    start = 0
-    for i, (base, size) in enumerate(zip(bases, sizes)):
-        inside = (labels >= base) & (labels < base + size)
-        column = torch.where(inside, labels.long() - base + start, column)
-        kind.masked_fill_(inside, i)
-        start += size
-    return column, kind
-
-
-def _logits(h, weights, sizes, row_class):
-    """One chunk's logits [t, sum(sizes)] in the accumulation dtype, a range next to the other."""
-    acc = accumulate_dtype(h.dtype)
-    logits = torch.empty(h.shape[0], sum(sizes), dtype=acc, device=h.device)
-    start = 0
+        raise ValueError(f"{op}: {found}; expected as many of each, and at least one")
     for i, (w, size) in enumerate(zip(weights, sizes)):
-        part = logits[:, start : start + size]
-        if h.dtype == acc:
-            torch.mm(h, w[:size].t(), out=part)
-        else:
-            part.copy_(h @ w[:size].t())
-        if row_class is not None:
-            part.masked_fill_(((row_class >= 0) & (row_class != i)).unsqueeze(1), float("-inf"))
-        start += size
-    return logits
+        if w.shape[1] != h.shape[1] or w.shape[0] < size:
+            raise ValueError(f"{op}: weights[{i}] is {list(w.shape)}, expected [>= {size}, {h.shape[1]}]")
+        if w.dtype != h.dtype:
+            raise ValueError(f"{op}: weights[{i}] is {w.dtype}, expected {h.dtype} as h")
+    if (rows is None) != (class_cu is None) or (rows is not None and row_class is not None):
+        raise ValueError(f"{op}: expected rows with class_cu, or row_class, or neither")
+    if class_cu is not None:
+        if len(class_cu) - len(sizes) not in (1, 2) or list(class_cu) != sorted(class_cu) or class_cu[0] != 0:
+            found = f"class_cu {list(class_cu)}"
+            raise ValueError(f"{op}: {found}, expected the ends of {len(sizes)} or one more groups from 0 on")
+        if class_cu[-1] > rows.shape[0]:
+            raise ValueError(f"{op}: class_cu ends at {class_cu[-1]}, there are {rows.shape[0]} rows")
+    if softcap < 0:
+        raise ValueError(f"{op}: softcap {softcap}, expected a positive one, or 0 for none")
 
 
-def _forward(h, weights, bases, labels, sizes, row_weight, row_class):
+def forward(row_pass, h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu,
+            z_loss, label_smoothing, softcap, joint, metrics, wanted):  # fmt: skip
+    """-> [sum, count, metrics[4, ranges] (or [0])] and, where any is wanted, the gradients for a factor of one."""
+    listed = head.tabulate(bases, sizes, labels, row_class, rows, class_cu)
+    weight = _row_weights(listed, len(bases), row_weight, accumulate_dtype(h.dtype))
+    terms = head.Terms(z_loss, label_smoothing, softcap, correct=metrics)
+    scores = head.score(row_pass, h, weights, sizes, listed, terms, weight, wanted=wanted)
+    live = weight != 0
+    mine = (listed.kind == torch.arange(len(bases), device=h.device).unsqueeze(1)) & live
+
+    def by_range(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(mine, x, 0).sum(1)
+
+    loss, count = by_range(scores.loss * weight), by_range(weight)
+    table = loss.new_empty(0)
+    if metrics:
+        table = torch.stack([loss, count, by_range(live.to(loss.dtype)), by_range(scores.correct)])
+    total = [loss.sum(), count.sum(), table] if joint else [loss, count, table]
+    return total + made(scores, wanted)
+
+
+def backward(row_pass, dsum, h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu,
+             z_loss, label_smoothing, softcap, wanted):  # fmt: skip
+    """The gradients from the logits made once more, each row's for the factor of its own range."""
+    listed = head.tabulate(bases, sizes, labels, row_class, rows, class_cu)
     acc = accumulate_dtype(h.dtype)
-    column, kind = _label_columns(labels, bases, sizes)
-    lse = torch.empty(h.shape[0], dtype=acc, device=h.device)
-    target = torch.empty_like(lse)
-    step = _chunk_rows(h, sizes)
-    for a in range(0, h.shape[0], step):
-        rows = slice(a, a + step)
-        logits = _logits(h[rows], weights, sizes, None if row_class is None else row_class[rows])
-        torch.logsumexp(logits, 1, out=lse[rows])
-        torch.gather(logits, 1, column[rows].unsqueeze(1), out=target[rows].unsqueeze(1))
-    weight = torch.ones_like(lse) if row_weight is None else row_weight.to(acc)
-    loss = (lse - target) * weight
-    sums, counts = [], []
-    for i in range(len(bases)):
-        sums.append(torch.where(kind == i, loss, 0).sum())
-        counts.append(torch.where(kind == i, weight, 0).sum())
-    return torch.stack(sums), torch.stack(counts), lse
+    worth = torch.cat([dsum.to(acc), dsum.new_zeros(1, dtype=acc)])[listed.kind]
+    weight = _row_weights(listed, len(bases), row_weight, acc)
+    terms = head.Terms(z_loss, label_smoothing, softcap)
+    factor = torch.where(weight != 0, worth * weight, 0)
+    return made(head.score(row_pass, h, weights, sizes, listed, terms, factor, wanted=wanted), wanted)
 
 
-def _backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted):
-    acc = accumulate_dtype(h.dtype)
-    column, kind = _label_columns(labels, bases, sizes)
-    # What one unit of row t's loss is worth to the caller; 0 for ignored rows.
-    worth = torch.cat([dsum.to(acc), dsum.new_zeros(1, dtype=acc)])[kind]
-    if row_weight is not None:
-        worth = worth * row_weight
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    dweights = [torch.zeros_like(w, dtype=acc) if want else w.new_empty(0) for w, want in zip(weights, wanted)]
-    step = _chunk_rows(h, sizes)
-    for a in range(0, h.shape[0], step):
-        rows = slice(a, a + step)
-        dlogits = _logits(h[rows], weights, sizes, None if row_class is None else row_class[rows])
-        dlogits.sub_(lse[rows].unsqueeze(1)).exp_().mul_(worth[rows].unsqueeze(1))
-        dlogits.scatter_add_(1, column[rows].unsqueeze(1), -worth[rows].unsqueeze(1))
-        dlogits = dlogits.to(h.dtype)
-        total = torch.zeros(dlogits.shape[0], h.shape[1], dtype=acc, device=h.device)
-        start = 0
-        for w, dw, want, size in zip(weights, dweights, wanted, sizes):
-            part = dlogits[:, start : start + size]
-            if want:
-                dw[:size] += part.t() @ h[rows]
-            total += part @ w[:size]
-            start += size
-        dh[rows] = total
-    return [dh, *(dw.to(w.dtype) for dw, w in zip(dweights, weights))]
+def _row_weights(listed, ranges, row_weight, acc):
+    """float[n], 0 for the rows that are ignored."""
+    one = torch.ones((), dtype=acc, device=listed.kind.device)
+    return torch.where(listed.kind < ranges, one if row_weight is None else listed.take(row_weight).to(acc), 0)
 
 
-def _scored_rows(labels, bases, sizes):
-    """The rows whose label lies in a range, int64[n]: on the host a selection costs less than the products it saves."""
-    inside = torch.zeros(labels.shape, dtype=torch.bool)
+def made(scores, wanted):
+    """The gradients as a list of tensors, empty ones for what was not wanted; an empty list where nothing was."""
+    found = [scores.dh, *scores.dweights] if any(wanted) else []
+    return [scores.loss.new_empty(0) if x is None else x for x in found]
+
+
+def _forward(*args):
+    return forward(head.score_rows, *args)
+
+
+def _backward(*args):
+    return backward(head.score_rows, *args)
+
+
+def scored_rows(labels, bases, sizes, rows, class_cu):
+    """(rows, class_cu) of the rows that have a label: on the host, choosing costs less than the products it saves."""
+    inside = torch.zeros(labels.shape[0] + 1, dtype=torch.bool)  # the last one is padding
     for base, size in zip(bases, sizes):
-        inside |= (labels >= base) & (labels < base + size)
-    return inside.nonzero().squeeze(1)
+        inside[:-1] |= (labels >= base) & (labels < base + size)
+    if rows is None:
+        rows = inside.nonzero().squeeze(1).int()
+        return rows, [0] * (len(bases) + 1) + [rows.shape[0]]
+    keep = inside[torch.where(rows < 0, labels.shape[0], rows).clamp(max=labels.shape[0]).long()]
+    kept = torch.cat([torch.zeros(1, dtype=torch.int64), keep.cumsum(0)])
+    return rows[keep], kept[class_cu].tolist()
 
 
-def _selected(h, weights, labels, row_weight, row_class, rows):
-    """The operands of the scored rows only, h and weights in the accumulation dtype."""
+def wide(h, weights):
+    """h and weights in the accumulation dtype, in which the host multiplies fastest."""
     acc = accumulate_dtype(h.dtype)
-    some = [None if x is None else x.index_select(0, rows) for x in (h, labels, row_weight, row_class)]
-    return some[0].to(acc), [w.to(acc) for w in weights], *some[1:]
+    return h.to(acc), [w.to(acc) for w in weights]
 
 
-def _cpu_forward(h, weights, bases, labels, sizes, row_weight, row_class):
-    rows = _scored_rows(labels, bases, sizes)
-    H, W, labels, row_weight, row_class = _selected(h, weights, labels, row_weight, row_class, rows)
-    total, count, some = _forward(H, W, bases, labels, sizes, row_weight, row_class)
-    return total, count, H.new_zeros(h.shape[0]).index_copy_(0, rows, some)
+def _cpu_forward(h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu, *options):
+    rows, class_cu = scored_rows(labels, bases, sizes, rows, class_cu)
+    return _forward(*wide(h, weights), bases, labels, sizes, row_weight, row_class, rows, class_cu, *options)
 
 
-def _cpu_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted):
-    rows = _scored_rows(labels, bases, sizes)
-    H, W, labels, row_weight, row_class = _selected(h, weights, labels, row_weight, row_class, rows)
-    some = lse.index_select(0, rows)
-    dh, *dweights = _backward(dsum, H, W, bases, labels, sizes, row_weight, row_class, some, wanted)
-    return [
-        h.new_zeros(h.shape).index_copy_(0, rows, dh.to(h.dtype)),
-        *(d.to(w.dtype) for d, w in zip(dweights, weights)),
-    ]
+def _cpu_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu, *options):
+    rows, class_cu = scored_rows(labels, bases, sizes, rows, class_cu)
+    return _backward(dsum, *wide(h, weights), bases, labels, sizes, row_weight, row_class, rows, class_cu, *options)
 
 
-def _fake_forward(h, weights, bases, labels, sizes, row_weight, row_class):
+def _fake_forward(h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu,
+                  z_loss, label_smoothing, softcap, joint, metrics, wanted):  # fmt: skip
+    ranges = () if joint else (len(bases),)
+    shapes = ranges, ranges, ((4, len(bases)) if metrics else (0,))
+    return [h.new_empty(s, dtype=accumulate_dtype(h.dtype)) for s in shapes] + fake_gradients(h, weights, wanted)
+
+
+def fake_gradients(h, weights, wanted):
     acc = accumulate_dtype(h.dtype)
-    return (
-        h.new_empty(len(bases), dtype=acc),
-        h.new_empty(len(bases), dtype=acc),
-        h.new_empty(h.shape[0], dtype=acc),
-    )
+    made = zip((h, *weights), wanted) if any(wanted) else ()
+    return [x.new_empty(x.shape if want else (0,), dtype=acc) for x, want in made]
 
 
-def _fake_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted):
-    return [h.new_empty(h.shape), *(w.new_empty(w.shape if want else 0) for w, want in zip(weights, wanted))]
+def _fake_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu,
+                   z_loss, label_smoothing, softcap, wanted):  # fmt: skip
+    return fake_gradients(h, weights, wanted)
 
 
+_ARGUMENTS = (
+    "Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight, Tensor? row_class,"
+    " Tensor? rows, int[]? class_cu, float z_loss, float label_smoothing, float softcap"
+)
 _op = define(
     "linear_cross_entropy",
-    "(Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight, Tensor? row_class)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"({_ARGUMENTS}, bool joint, bool metrics, bool[] wanted) -> Tensor[]",
     fake=_fake_forward,
     cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
+    triton=jit("cross_entropy", "cross_entropy_forward", "cross_entropy_backward"),
     torch=Backend(_forward, _backward, anywhere),
 )
 _backward_op = define_backward(
-    "linear_cross_entropy",
-    "(Tensor dsum, Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight,"
-    " Tensor? row_class, Tensor lse, bool[] wanted) -> Tensor[]",
-    fake=_fake_backward,
+    "linear_cross_entropy", f"(Tensor dsum, {_ARGUMENTS}, bool[] wanted) -> Tensor[]", fake=_fake_backward
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, bases, labels, sizes, row_weight, row_class, *weights):
+    def forward(ctx, h, labels, row_weight, row_class, rows, lists, options, *weights):
+        bases, sizes, class_cu = lists
+        *terms, joint, metrics = options
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:]]  # a frozen range's gradient is not computed
+        # One factor for all that a weight's gradient is made of.
+        ctx.scaled = joint or len(bases) == 1 or (class_cu is not None and class_cu[-1] == class_cu[len(bases)])
+        how = *terms, joint, metrics, wanted if ctx.scaled else []
         with below_autograd():
-            total, count, lse = _op(h, list(weights), bases, labels, sizes, row_weight, row_class)
-        ctx.save_for_backward(h, labels, row_weight, row_class, lse, *weights)
-        ctx.layout = bases, sizes
-        ctx.mark_non_differentiable(count, lse)
-        return total, count, lse
+            total, count, table, *grads = _op(
+                h, list(weights), bases, labels, sizes, row_weight, row_class, rows, class_cu, *how
+            )
+        ctx.lists, ctx.terms, ctx.wanted = lists, terms, wanted
+        ctx.dtypes = [h.dtype, *(w.dtype for w in weights)]
+        if ctx.scaled:
+            ctx.save_for_backward(labels, *grads)
+        else:
+            ctx.save_for_backward(h, labels, row_weight, row_class, rows, *weights)
+        ctx.mark_non_differentiable(count, table)
+        return total, count, table
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dsum, *_):
-        h, labels, row_weight, row_class, lse, *weights = ctx.saved_tensors
-        bases, sizes = ctx.layout
-        wanted = list(ctx.needs_input_grad[6:])  # a frozen range's gradient is not computed
-        dh, *dweights = _backward_op(dsum, h, weights, bases, labels, sizes, row_weight, row_class, lse, wanted)
-        return dh, None, None, None, None, None, *(dw if want else None for dw, want in zip(dweights, wanted))
+        bases, sizes, class_cu = ctx.lists
+        if ctx.scaled:
+            labels, *grads = ctx.saved_tensors
+            grads = _scaled(grads, dsum, labels, bases, sizes, ctx.wanted, ctx.dtypes)
+        else:
+            h, labels, row_weight, row_class, rows, *weights = ctx.saved_tensors
+            grads = _backward_op(dsum, h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu,
+                                 *ctx.terms, ctx.wanted)  # fmt: skip
+            grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
+        dh, *dweights = (g if want else None for g, want in zip(grads, ctx.wanted))
+        return dh, *[None] * 6, *dweights
 
 
-def _pack(h, weights, bases, labels, sizes, row_weight=None, row_class=None):
-    return h, bases, labels, sizes, row_weight, row_class, *weights
+def _scaled(grads, dsum, labels, bases, sizes, wanted, dtypes):
+    """The gradients for a factor of one times the factors dsum, [] or of each weight's range, in their final dtypes."""
+    factors = dsum.expand(len(bases)) if dsum.dim() == 0 else dsum
+    of_rows = factors[0]
+    if dsum.dim() and len(bases) > 1:
+        of_rows = torch.zeros_like(labels, dtype=dsum.dtype)
+        for base, size, factor in zip(bases, sizes, factors.unbind()):
+            of_rows = torch.where((labels >= base) & (labels < base + size), factor, of_rows)
+        of_rows = of_rows.unsqueeze(1)
+    pairs = zip(grads, [of_rows, *factors.unbind()], wanted, dtypes)
+    return [
+        torch.mul(g, factor, out=g.new_empty(g.shape, dtype=dtype)) if want else g for g, factor, want, dtype in pairs
+    ]
+
+
+def _pack(h, weights, bases, labels, sizes, row_weight, row_class, rows, class_cu, *options_wanted):
+    *options, _ = options_wanted
+    return h, labels, row_weight, row_class, rows, (bases, sizes, class_cu), tuple(options), *weights
 
 
 define_autograd("linear_cross_entropy", _LinearCrossEntropy, pack=_pack)

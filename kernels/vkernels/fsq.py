@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -19,6 +20,7 @@ from vkernels.registry import (
     define,
     define_autograd,
     define_backward,
+    jit,
 )
 
 _EPS = 1e-3  # widens the bound so that the outer levels are reached before tanh saturates
@@ -28,7 +30,8 @@ def fsq_quantize(z: torch.Tensor, levels: Sequence[int]) -> tuple[torch.Tensor, 
     """z[..., d] -> (codes[..., d] of z's dtype, in [-1, 1]; ids int32[...] in 0..prod(levels)-1).
 
     y = tanh(z + shift) * half - offset is rounded half to even and divided by L // 2. Straight-through gradient: the
-    rounding passes it unchanged, the tanh does not.
+    rounding passes it unchanged, the tanh does not. Computed in float32: the same as in float64 unless y lies within
+    2e-7 * L of the middle between two levels.
     """
     return _quantize(z, _checked(levels, z.shape[-1]))
 
@@ -48,49 +51,55 @@ def _checked(levels, d):
     return levels
 
 
+class Channels(NamedTuple):
+    """The constants of each channel: y = tanh(z + shift) * half - offset, code = round(y) / width."""
+
+    half: torch.Tensor
+    offset: torch.Tensor
+    shift: torch.Tensor
+    width: torch.Tensor  # L // 2
+    basis: torch.Tensor  # int32: what one step of its digit adds to the index
+    levels: torch.Tensor  # int32
+
+
 @functools.lru_cache(maxsize=64)
-def _constants(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-    """(half, offset, shift, L // 2) of each channel, and the basis, as tensors on `device`."""
+def channels(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Channels:
+    """The constants in `dtype` on `device`, rounded once: for two levels atanh magnifies an error by 500."""
     L = torch.tensor(levels, dtype=torch.int32)
-    half = (L - 1).to(dtype) * (1 + _EPS) / 2
-    offset = torch.where(L % 2 == 0, 0.5, 0.0).to(dtype)
+    half = (L - 1).double() * (1 + _EPS) / 2
+    offset = torch.where(L % 2 == 0, 0.5, 0.0).double()
     basis = torch.ones_like(L)
     basis[1:] = L[:-1].cumprod(0)
-    made = half, offset, torch.atanh(offset / half), (L // 2).to(dtype), basis.to(torch.int32)
-    return tuple(t.to(device) for t in made)
+    made = (half, offset, torch.atanh(offset / half), L // 2)
+    return Channels(*(t.to(device, dtype) for t in made), basis.to(device), L.to(device))
 
 
 def _quantize_forward(z, levels):
     acc = accumulate_dtype(z.dtype)
-    half, offset, shift, width, basis = _constants(tuple(levels), acc, z.device)
-    q = ((z.to(acc) + shift).tanh_() * half).sub_(offset).round_()
-    ids = ((q + width).to(torch.int32) * basis).sum(-1, dtype=torch.int32)
-    return (q / width).to(z.dtype).contiguous(), ids
+    c = channels(tuple(levels), acc, z.device)
+    q = ((z.to(acc) + c.shift).tanh_() * c.half).sub_(c.offset).round_()
+    ids = ((q + c.width).to(torch.int32) * c.basis).sum(-1, dtype=torch.int32)
+    return (q / c.width).to(z.dtype).contiguous(), ids
 
 
 def _quantize_backward(dcodes, z, levels):
     acc = accumulate_dtype(z.dtype)
-    half, _, shift, width, _ = _constants(tuple(levels), acc, z.device)
-    slope = 1 - (z.to(acc) + shift).tanh_().square_()
-    return (dcodes.to(acc) * slope.mul_(half / width)).to(z.dtype).contiguous()
+    c = channels(tuple(levels), acc, z.device)
+    slope = 1 - (z.to(acc) + c.shift).tanh_().square_()
+    return (dcodes.to(acc) * slope.mul_(c.half / c.width)).to(z.dtype).contiguous()
 
 
 def _dequantize_forward(ids, levels):
-    _, _, _, width, basis = _constants(tuple(levels), torch.float32, ids.device)
-    L = _levels_tensor(tuple(levels), ids.device)
-    digits = torch.div(ids.unsqueeze(-1), basis, rounding_mode="floor") % L
-    return (digits - width) / width
-
-
-@functools.lru_cache(maxsize=64)
-def _levels_tensor(levels: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(levels, dtype=torch.int32).to(device)
+    c = channels(tuple(levels), torch.float32, ids.device)
+    digits = torch.div(ids.unsqueeze(-1), c.basis, rounding_mode="floor") % c.levels
+    return (digits - c.width) / c.width
 
 
 _quantize = define(
     "fsq_quantize",
     "(Tensor z, int[] levels) -> (Tensor, Tensor)",
     fake=lambda z, levels: (z.new_empty(z.shape), z.new_empty(z.shape[:-1], dtype=torch.int32)),
+    triton=jit("fsq", "fsq_quantize", "fsq_quantize_backward"),
     torch=Backend(_quantize_forward, _quantize_backward, anywhere),
 )
 _quantize_grad = define_backward(
@@ -102,6 +111,7 @@ _dequantize = define(
     "fsq_dequantize",
     "(Tensor ids, int[] levels) -> Tensor",
     fake=lambda ids, levels: ids.new_empty((*ids.shape, len(levels)), dtype=torch.float32),
+    triton=jit("fsq", "fsq_dequantize"),
     torch=Backend(_dequantize_forward, None, anywhere),
 )
 

@@ -25,6 +25,10 @@ library = torch.library.Library("vkernels", "DEF")
 Facts = Mapping[str, Any]
 
 
+class CannotRun(ValueError):
+    """A forced backend does not run on the device or does not take what the op was called with."""
+
+
 def takes_all(facts: Facts) -> str | None:
     return None
 
@@ -58,12 +62,12 @@ def anywhere(device: torch.device) -> str | None:
 
 def on_gpu(device: torch.device) -> str | None:
     """Triton kernels: on CUDA, and on the CPU where Triton's interpreter stands in for it (TRITON_INTERPRET=1)."""
-    if device.type == "cuda" or (device.type == "cpu" and _interpreting()):
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None if _has_triton() else "triton is not installed"
     return f"it runs on GPUs only, the tensors are on {device.type}"
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
@@ -160,9 +164,14 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(_table))
 
 
-def backends(op: str) -> tuple[str, ...]:
-    """The names of an op's backends, the preferred one first."""
-    return tuple(_of(op))
+def backends(op: str, device: torch.device | None = None) -> tuple[str, ...]:
+    """The names of an op's backends, the preferred one first; with a device, of those that run on it."""
+    return tuple(name for name, b in _of(op).items() if device is None or b.can_run(device) is None)
+
+
+def forced(op: str) -> str | None:
+    """The backend that is forced on an op, None where none is."""
+    return _forced.get(op)
 
 
 def select(op: str, device: torch.device, facts: Facts | None = None, name: str = "") -> Backend:
@@ -187,7 +196,7 @@ def _choose(op: str, device: torch.device, facts: Facts, name: str) -> str:
     if op in _forced:
         reason = _refusal(table[_forced[op]], device, facts)
         if reason is not None:
-            raise ValueError(f"vkernels.{op}: the forced backend {_forced[op]!r} cannot run: {reason}")
+            raise CannotRun(f"vkernels.{op}: the forced backend {_forced[op]!r} cannot run: {reason}")
         return _forced[op]
     reasons = {}
     for candidate in sorted(table, key=_rank(measured.order(name, device, facts))):

@@ -1,22 +1,51 @@
-"""Vector quantisation: nearest code, per-code sums, and the exponential-moving-average update of a codebook."""
+"""Vector quantisation: nearest code, straight-through rows, and codebooks that are moving averages of their rows."""
 
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vkernels import _host
 from vkernels.host import to_numpy
-from vkernels.registry import Backend, anywhere, define, on_cpu
+from vkernels.registry import (
+    Backend,
+    accumulate_dtype,
+    anywhere,
+    below_autograd,
+    define,
+    define_autograd,
+    define_backward,
+    jit,
+    on_cpu,
+)
 
 _CHUNK_SCORES = 16 << 20  # scores of one block: 64 MB in float32
 
 
-def vq_nearest(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
     """The index of the code nearest to each row. x[N, D], codebook[K, D] -> int32[N]; ties give the lowest index.
 
-    Equal to the float64 argmin unless two codes are nearer to a tie than 1e-6 of the size of their scores.
+    Equal to the float64 argmin unless two codes are nearer to a tie than 1e-6 of |x|^2 + max |e|^2; not exact: on a GPU
+    from one product of values rounded to 11 bits instead of three, within 1e-3 of that. Memory is O(N + K).
     """
-    return _nearest(x, codebook)
+    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
+        found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"
+        raise ValueError(f"vq_nearest: {found}; expected [N, D] and [K, D] with K, D > 0")
+    return _nearest(x, codebook, exact)
+
+
+def vq_straight_through(
+    x: torch.Tensor, codebook: torch.Tensor, ids: torch.Tensor, *, beta: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x[N, D], codebook[K, D], ids int[N] -> (codebook[ids] of x's dtype, commitment float32[N]).
+
+    The gradient of the rows passes straight to x. commitment = beta * mean over D of (x - code)^2, whose gradient moves
+    x only: the codebook follows by `vq_ema_update`, which may run before the backward pass. Rows with an id outside the
+    codebook are zero, without commitment.
+    """
+    if codebook.requires_grad:
+        raise ValueError("vq_straight_through: the codebook requires a gradient; expected one that vq_ema_update moves")
+    return _straight_through(x, codebook, ids, beta)
 
 
 def vq_code_sums(x: torch.Tensor, ids: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +70,34 @@ def vq_ema_update(
     _ema_update(cluster_size, embed_sum, codebook, counts, sums, decay, eps)
 
 
+def vq_reset_codes(
+    cluster_size: torch.Tensor,
+    embed_sum: torch.Tensor,
+    codebook: torch.Tensor,
+    dead: torch.Tensor,
+    rows: torch.Tensor,
+    available: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Let the j-th code of `dead` (bool[K]) begin anew as rows[j] (rows[R, D]), in place. -> how many did, int64[].
+
+    Its size becomes the mean of cluster_size[K], its embed_sum that many times the row. Dead codes beyond R, or beyond
+    `available` (int[] on the device: how many of the rows there are), stay as they are. Which codes are dead and which
+    rows replace them is the caller's to say: `dead = cluster_size < 0.1 * cluster_size.mean()`.
+    """
+    if available is None:
+        available = torch.full((), rows.shape[0], dtype=torch.int64, device=rows.device)
+    return _reset_codes(cluster_size, embed_sum, codebook, dead, rows, available)
+
+
+def vq_usage(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """counts[K] -> (codes used int64[], perplexity float32[]): exp of the entropy of their use, K if all alike.
+
+    Both stay on the device; used / K is the share of the codebook in use.
+    """
+    shares = counts / counts.sum().clamp(min=1)
+    return (counts > 0).sum(), torch.special.entr(shares).sum().exp()
+
+
 def _scores(x, codebook):
     """x . e - |e|^2 / 2, whose argmax is the nearest code: [n, K]."""
     return torch.addmm(codebook.square().sum(1).mul_(-0.5), x, codebook.t())
@@ -52,7 +109,7 @@ def _first_best(scores, tolerance):
     return (scores >= best - tolerance.unsqueeze(1)).to(torch.int8).argmax(1)
 
 
-def _nearest_torch(x, codebook):
+def _nearest_torch(x, codebook, exact=True):
     x, codebook = x.float(), codebook.float()
     ids = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
     reach = codebook.square().sum(1).max().sqrt()
@@ -63,7 +120,7 @@ def _nearest_torch(x, codebook):
     return ids
 
 
-def _nearest_cpu(x, codebook):
+def _nearest_cpu(x, codebook, exact=True):
     """As on other devices, then rows with more than one candidate are decided in float64."""
     x, codebook = x.detach(), codebook.detach()
     acc = torch.promote_types(x.dtype, torch.float32)
@@ -112,11 +169,58 @@ def _ema_update_torch(cluster_size, embed_sum, codebook, counts, sums, decay, ep
     codebook.copy_(torch.where(alive, embed_sum / smoothed.unsqueeze(1), codebook))
 
 
+def _reset_codes_torch(cluster_size, embed_sum, codebook, dead, rows, available):
+    if rows.shape[0] == 0:
+        return torch.zeros((), dtype=torch.int64, device=rows.device)
+    share = cluster_size.mean()
+    turn = dead.cumsum(0) - 1
+    reset = dead & (turn < available.clamp(max=rows.shape[0]))
+    fresh = rows.index_select(0, turn.clamp(0, rows.shape[0] - 1))
+    codebook.copy_(torch.where(reset[:, None], fresh, codebook))
+    embed_sum.copy_(torch.where(reset[:, None], fresh * share, embed_sum))
+    cluster_size.copy_(torch.where(reset, share, cluster_size))
+    return reset.sum()
+
+
+def _straight_through_forward(x, codebook, ids, beta):
+    acc = accumulate_dtype(x.dtype)
+    inside = ((ids >= 0) & (ids < codebook.shape[0])).unsqueeze(1)
+    codes = codebook.index_select(0, ids.clamp(0, codebook.shape[0] - 1)).to(acc)
+    away = torch.where(inside, x.to(acc) - codes, 0)
+    commitment = away.square().mean(1).mul_(beta)
+    return torch.where(inside, codes, 0).to(x.dtype), commitment
+
+
+def _straight_through_backward(dcodes, dcommitment, x, codes, ids, num_codes, beta):
+    acc = accumulate_dtype(x.dtype)
+    inside = (ids >= 0) & (ids < num_codes)
+    pull = torch.where(inside, dcommitment * (2 * beta / max(x.shape[1], 1)), 0).unsqueeze(1)
+    return (x.to(acc) - codes).mul_(pull).add_(dcodes).to(x.dtype)
+
+
+def _dim(x, codebook, exact=True):
+    return {"dim": x.shape[1]}
+
+
+def _fits(facts):
+    return None if facts["dim"] <= 256 else f"it takes at most 256 dimensions, the codes have {facts['dim']}"
+
+
+def _rows_are_dense(cluster_size, embed_sum, codebook, *_):
+    return {"dense": all(t.stride(-1) == 1 for t in (cluster_size, embed_sum, codebook))}
+
+
+def _only_dense(facts):
+    return None if facts["dense"] else "it writes in place to rows whose elements lie side by side only"
+
+
 _nearest = define(
     "vq_nearest",
-    "(Tensor x, Tensor codebook) -> Tensor",
-    fake=lambda x, codebook: x.new_empty(x.shape[0], dtype=torch.int32),
+    "(Tensor x, Tensor codebook, bool exact=True) -> Tensor",
+    fake=lambda x, codebook, exact=True: x.new_empty(x.shape[0], dtype=torch.int32),
+    facts=_dim,
     cpu=Backend(_nearest_cpu, None, on_cpu),
+    triton=jit("vq", "vq_nearest", takes=_fits),
     torch=Backend(_nearest_torch, None, anywhere),
 )
 _code_sums = define(
@@ -127,6 +231,7 @@ _code_sums = define(
         x.new_empty(num_codes, x.shape[1], dtype=torch.float32),
     ),
     cpu=Backend(_code_sums_cpu, None, on_cpu),
+    triton=jit("vq_codebook", "vq_code_sums"),
     torch=Backend(_code_sums_torch, None, anywhere),
 )
 _ema_update = define(
@@ -134,5 +239,52 @@ _ema_update = define(
     "(Tensor(a!) cluster_size, Tensor(b!) embed_sum, Tensor(c!) codebook, Tensor counts, Tensor sums, float decay,"
     " float eps) -> ()",
     fake=lambda *args: None,
+    facts=_rows_are_dense,
+    triton=jit("vq_codebook", "vq_ema_update", takes=_only_dense),
     torch=Backend(_ema_update_torch, None, anywhere),
 )
+_reset_codes = define(
+    "vq_reset_codes",
+    "(Tensor(a!) cluster_size, Tensor(b!) embed_sum, Tensor(c!) codebook, Tensor dead, Tensor rows, Tensor available)"
+    " -> Tensor",
+    fake=lambda cluster_size, *_: cluster_size.new_empty((), dtype=torch.int64),
+    facts=_rows_are_dense,
+    triton=jit("vq_codebook", "vq_reset_codes", takes=_only_dense),
+    torch=Backend(_reset_codes_torch, None, anywhere),
+)
+_straight_through = define(
+    "vq_straight_through",
+    "(Tensor x, Tensor codebook, Tensor ids, float beta) -> (Tensor, Tensor)",
+    fake=lambda x, codebook, ids, beta: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)),
+    ),
+    triton=jit("vq_codebook", "vq_straight_through", "vq_straight_through_backward"),
+    torch=Backend(_straight_through_forward, _straight_through_backward, anywhere),
+)
+_straight_through_grad = define_backward(
+    "vq_straight_through",
+    "(Tensor dcodes, Tensor dcommitment, Tensor x, Tensor codes, Tensor ids, int num_codes, float beta) -> Tensor",
+    fake=lambda dcodes, dcommitment, x, codes, ids, num_codes, beta: x.new_empty(x.shape),
+)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Saves the chosen codes, not the codebook, which may move before the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, codebook, ids, beta):
+        with below_autograd():
+            codes, commitment = _straight_through(x, codebook, ids, beta)
+        ctx.save_for_backward(x, codes, ids)
+        ctx.num_codes, ctx.beta = codebook.shape[0], beta
+        return codes, commitment
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dcodes, dcommitment):
+        dx = _straight_through_grad(dcodes, dcommitment, *ctx.saved_tensors, ctx.num_codes, ctx.beta)
+        return dx, None, None, None
+
+
+define_autograd("vq_straight_through", _StraightThrough)

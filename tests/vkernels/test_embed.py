@@ -5,7 +5,9 @@ import torch
 from op_check import compiles, judge, poison
 
 import vkernels
-from vkernels import oracle
+from vkernels import _host, oracle
+from vkernels.check.embedding import CHECKS
+from vkernels.segments import CHUNK, destinations, sort_segments
 
 BASES, SIZES = [0, 5, 12], [5, 7, 3]
 
@@ -103,9 +105,128 @@ def test_compiles_and_checks():
     ids = torch.tensor([0, 6, -1, 13])
     compiles(by_ids(vkernels.embed, ids), *tables(4))
     some = [t.requires_grad_() for t in tables(4)]
-    torch.library.opcheck(torch.ops.vkernels.embed.default, (ids, some, BASES, SIZES))
+    none = [None] * 3
+    torch.library.opcheck(torch.ops.vkernels.embed.default, (ids, some, BASES, SIZES, [], [0] * 3, 0, none, none, []))
 
 
-def test_lists_of_other_lengths_are_an_error():
-    with pytest.raises(ValueError, match="3 tables, 2 bases"):
-        vkernels.embed(torch.zeros(2, dtype=torch.int32), tables(2), [0, 5], sizes=SIZES)
+def everything(ids, order=None):
+    """A call with codes, terms and slots, as a function of its float inputs, and their shapes."""
+    positions = torch.arange(ids.shape[0]) % 4
+    index = torch.tensor([2, ids.shape[0], 0])  # the second is padding
+
+    def call(table, codes, weight, bias, places, features, added):
+        slots = [(features, index, "replace"), vkernels.Slot(added, index + 1, "add")]
+        return vkernels.embed(ids, [table, codes], [0, 5], sizes=[5, 4], projections=[None, (weight, bias)],
+                              terms=[(positions, places)], slots=slots, order=order)  # fmt: skip
+
+    return call, [(6, 3), (5, 2), (3, 2), (3,), (4, 3), (3, 3), (3, 3)]
+
+
+def test_gradcheck_of_everything(backend):
+    torch.manual_seed(0)
+    call, shapes = everything(torch.tensor([-1, 6, -1, 3, 8, 4, 9]))
+    assert torch.autograd.gradcheck(call, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
+
+
+def test_everything_compiles_and_checks():
+    ids = torch.tensor([-1, 6, -1, 3, 8, 4, 9])
+    order = vkernels.embed_order(ids, [0, 5], [5, 4], terms=[(torch.arange(7) % 4, 4)])
+    call, shapes = everything(ids, order)
+    compiles(call, *[torch.randn(s) for s in shapes])
+    table, codes, weight, bias = (torch.randn(s, requires_grad=True) for s in shapes[:4])
+    rows, places = torch.randn(2, 3, requires_grad=True), torch.tensor([-1, 1, 0, -1, -1, -1, -1], dtype=torch.int32)
+    args = (ids, [table, codes, rows], [0, 5, 0], [5, 4, 2], [places], [0, 0, 1], 1,
+            [None, weight, None], [None, bias, None], list(vkernels.embed_order(ids, [0, 5], [5, 4])))  # fmt: skip
+    torch.library.opcheck(torch.ops.vkernels.embed.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.small], ids=lambda c: c.name)
+def test_mixtures(backend, check, dtype):
+    for finding in check.run(torch.device("cpu"), dtype):
+        assert finding.fine, finding
+
+
+def test_a_slot_takes_the_place_of_a_token_or_is_added_to_it(backend):
+    table = torch.randn(5, 3, requires_grad=True)
+    ids, index, rows = torch.tensor([1, 2, 3]), torch.tensor([1, 3, -7]), torch.randn(3, 3, requires_grad=True)
+    for role, kept in (("replace", 0), ("add", 1)):
+        out = vkernels.embed(ids, [table], [0], sizes=[5], slots=[(rows, index, role)])
+        torch.testing.assert_close(out, torch.stack([table[1], rows[0] + kept * table[2], table[3]]))
+        d_table, d_rows = torch.autograd.grad(out.sum(), [table, rows])
+        assert d_table.sum(1).tolist() == [0, 3, 3 * kept, 3, 0]
+        assert d_rows.sum(1).tolist() == [3, 0, 0]
+
+
+def tables_of(segments):
+    """Destination -> its entries, in the order in which they are added."""
+    pieces, joins, used = (int(n) for n in segments.counts)
+    partial, found = {}, {}
+    for begin, end, row, to in segments.pieces[:pieces].tolist():
+        assert 0 < end - begin <= CHUNK
+        entries = segments.order[begin:end].tolist()
+        if to >= 0:
+            partial[to] = (row, entries)
+        else:
+            assert segments.rows[~to] == row
+            found[row] = entries
+    for first, last, row, to in segments.joins[:joins].tolist():
+        assert segments.rows[~to] == row
+        assert all(partial[k][0] == row for k in range(first, last))
+        found[row] = [e for k in range(first, last) for e in partial.pop(k)[1]]
+    assert not partial
+    assert segments.rows[:used].tolist() == sorted(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("T", "sizes"), [(0, [3, 4]), (1, [1]), (500, [3, 4]), (300, [2000, 9]), (70, [1, 0, 3]), (9000, [5_000_000, 7])]
+)
+def test_the_order_of_additions(T, sizes):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, sum(sizes) + 1, (T,), generator=g, dtype=torch.int32)
+    positions = torch.arange(T) % 13
+    bases = [sum(sizes[:i]) for i in range(len(sizes))]
+    made = vkernels.embed_order(ids, bases, sizes, terms=[(positions, 11)])
+    keys = destinations([ids, positions], [0] * len(sizes) + [1], [*bases, 0], [*sizes, 11])
+    expected = {}
+    for entry, (i, offset) in enumerate([(i, 0) for i in ids.tolist()] + [(p, sum(sizes)) for p in positions.tolist()]):
+        if 0 <= i < (11 if offset else sum(sizes)):
+            expected.setdefault(i + offset, []).append(entry)
+    assert tables_of(made) == expected
+    for host, device in zip(made, sort_segments(keys, sum(sizes) + 11)):
+        assert torch.equal(host, device)
+
+
+def test_host_tables_refuse_what_does_not_fit():
+    order, *rest = (t.numpy() for t in vkernels.embed_order(torch.arange(9), [0], [9]))
+    small = [torch.zeros(3, 4, dtype=torch.int32).numpy(), *rest[1:]]
+    with pytest.raises(ValueError, match="too small"):
+        _host.embed_order([torch.arange(9).int().numpy()], [0], [0], [9], CHUNK, order, *small)
+    with pytest.raises(ValueError, match="expected int32 index vectors"):
+        _host.embed_order([torch.arange(8).int().numpy()], [0], [0], [9], CHUNK, order, *rest)
+
+
+ONE = torch.zeros(2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: vkernels.embed(ONE, tables(2), [0, 5], sizes=SIZES), "3 tables, 2 bases"),
+        (lambda: vkernels.embed(ONE, tables(2), [0, 4, 12], sizes=SIZES), r"\[0, 5\) and from 4 on overlap"),
+        (lambda: vkernels.embed(ONE, tables(2), [0, 17, 40], sizes=[17, 1, 1]), r"table 0 is .*16, 2.*rows >= 17, 2"),
+        (lambda: vkernels.embed(ONE, [*tables(2)[:2], tables(3)[0]], BASES, sizes=SIZES), r"table 2 is .*rows >= 3, 2"),
+        (lambda: vkernels.embed(ONE, tables(2), BASES, sizes=SIZES, terms=[(ONE[:1], tables(2)[0])]), "term 0 has"),
+        (lambda: vkernels.embed(ONE, tables(2), BASES, sizes=SIZES, slots=[(tables(2)[0], ONE, "add")]), "slot 0 has"),
+        (lambda: vkernels.embed(ONE, tables(2), BASES, sizes=SIZES, slots=[(ONE, ONE, "mix")]), "the role 'mix'"),
+        (lambda: vkernels.embed(ONE, tables(2), BASES, sizes=SIZES,
+                                projections=[None, None, (torch.ones(2, 2), torch.ones(3))]), "bias 2 is"),
+        (lambda: vkernels.embed(ONE, tables(2), BASES, sizes=SIZES,
+                                order=vkernels.embed_order(torch.arange(3), BASES, SIZES)), "an order of 3 entries"),
+        (lambda: vkernels.embed_order(ONE, [0], [5], terms=[(ONE[:1], 3)]), r"expected \[T\] on the CPU"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

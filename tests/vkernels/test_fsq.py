@@ -8,6 +8,7 @@ from op_check import compiles, judge
 
 import vkernels
 from vkernels import oracle
+from vkernels.check.fsq import CHECKS, away_from_ties
 
 COSMOS = [8, 8, 8, 5, 5, 5]
 LEVELS = [COSMOS, [2], [3, 2], [7, 5, 5, 5, 5], [16, 9]]
@@ -85,6 +86,21 @@ def test_straight_through_gradient(backend, dtype):
         [z[away]],
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.small], ids=lambda c: f"{c.op}-{c.name}")
+def test_checks(backend, check, dtype):
+    if dtype in check.dtypes:
+        for finding in check.run(torch.device("cpu"), dtype):
+            assert finding.fine, finding
+
+
+def test_two_levels_are_exact(backend):
+    """Their shift is atanh(0.999): from constants in float32 y would be off by 1e-5."""
+    z = torch.linspace(-9, 3, 4001).unsqueeze(1)
+    z = z[away_from_ties(z, [2])]
+    assert torch.equal(vkernels.fsq_quantize(z, [2])[1].long(), oracle.fsq_quantize(z, [2])[1])
 
 
 def test_compiles_and_checks():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from op_check import error
+from op_check import compiles, error
 
 import vkernels
 from vkernels import oracle, vq
+from vkernels.check.vq import CHECKS
 
 
 def assert_nearest(ids, x, codebook):
@@ -54,6 +55,89 @@ def test_nearest_in_blocks(backend, monkeypatch):
     whole = vkernels.vq_nearest(x, codebook)
     monkeypatch.setattr(vq, "_CHUNK_SCORES", 16 * 6)
     assert torch.equal(vkernels.vq_nearest(x, codebook), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.small], ids=lambda c: f"{c.op}-{c.name}")
+def test_checks(backend, check, dtype):
+    if dtype in check.dtypes:
+        for finding in check.run(torch.device("cpu"), dtype):
+            assert finding.fine, finding
+
+
+@pytest.mark.parametrize(("x", "codebook"), [((3, 4), (5, 3)), ((3,), (5, 3)), ((3, 4), (0, 4)), ((3, 0), (2, 0))])
+def test_shapes_that_do_not_fit_are_named(x, codebook):
+    with pytest.raises(ValueError, match=r"vq_nearest: x \[.*\] and codebook \[.*\]; expected"):
+        vkernels.vq_nearest(torch.zeros(x), torch.zeros(codebook))
+
+
+def test_wide_codes_are_refused_with_a_reason():
+    reason = vq._fits({"dim": 257})
+    assert "256" in reason
+    assert vq._fits({"dim": 256}) is None
+
+
+def test_straight_through_may_follow_a_codebook_that_moves(backend):
+    """The codebook changes in place between forward and backward; the gradient is that of the codes that were read."""
+    torch.manual_seed(0)
+    x, codebook, ids = torch.randn(9, 4, requires_grad=True), torch.randn(5, 4), torch.randint(5, (9,))
+    away = (x - codebook[ids]).detach()
+    codes, commitment = vkernels.vq_straight_through(x, codebook, ids, beta=0.5)
+    codebook.zero_()
+    (codes.sum() + commitment.sum()).backward()
+    torch.testing.assert_close(x.grad, 1 + 0.25 * away)
+
+
+def test_straight_through_is_the_formula_of_the_autoencoder(backend):
+    torch.manual_seed(0)
+    x, codebook, ids = torch.randn(12, 4, requires_grad=True), torch.randn(5, 4), torch.randint(5, (12,))
+    codes, commitment = vkernels.vq_straight_through(x, codebook, ids)
+    plain = x + (codebook[ids] - x).detach(), (x - codebook[ids]).square().mean(1)
+    torch.testing.assert_close([codes, commitment], list(plain))
+    cotangents = torch.randn(12, 4), torch.randn(12)
+    mine, true = (torch.autograd.grad(out, x, cotangents)[0] for out in ((codes, commitment), plain))
+    torch.testing.assert_close(mine, true)
+
+
+def test_ids_outside_the_codebook_give_zero_rows(backend):
+    x = torch.randn(4, 3, requires_grad=True)
+    codes, commitment = vkernels.vq_straight_through(x, torch.ones(2, 3), torch.tensor([-1, 0, 1, 2]))
+    assert codes[:, 0].tolist() == [0, 1, 1, 0]
+    assert (commitment == 0).tolist() == [True, False, False, True]
+    (codes.sum() + commitment.sum()).backward()
+    assert torch.equal(x.grad[[0, 3]], torch.ones(2, 3))
+
+
+def test_a_codebook_with_gradient_is_refused():
+    with pytest.raises(ValueError, match="vq_straight_through: the codebook requires a gradient"):
+        vkernels.vq_straight_through(torch.zeros(2, 3), torch.zeros(4, 3, requires_grad=True), torch.zeros(2).int())
+
+
+def test_commitment_gradcheck(backend):
+    torch.manual_seed(0)
+    x, codebook = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 5, dtype=torch.float64)
+    ids = torch.tensor([0, 3, 1, 1, -1, 4, 2])
+    assert torch.autograd.gradcheck(lambda x: vkernels.vq_straight_through(x, codebook, ids, beta=0.3)[1], x)
+
+
+def test_dead_codes_begin_anew_in_order(backend):
+    size, book = torch.tensor([4.0, 0, 2, 0, 0]), torch.arange(5.0)[:, None].repeat(1, 2)
+    total, rows = book * size[:, None], torch.tensor([[10.0, 10], [20, 20], [30, 30]])
+    reset = vkernels.vq_reset_codes(size, total, book, size < 1, rows, torch.tensor(2))
+    assert reset.item() == 2
+    assert book[:, 0].tolist() == [0, 10, 2, 20, 4]
+    assert size.tolist() == pytest.approx([4, 1.2, 2, 1.2, 0])
+    assert total[:, 0].tolist() == pytest.approx([0, 12, 4, 24, 0])
+    assert vkernels.vq_reset_codes(size, total, book, size < 1, rows).item() == 1
+    assert book[4, 0] == 10
+    assert vkernels.vq_reset_codes(size, total, book, size < 9, rows[:0]).item() == 0
+
+
+def test_usage():
+    used, perplexity = vkernels.vq_usage(torch.tensor([3.0, 3.0, 0.0, 3.0]))
+    assert used.item() == 3
+    assert perplexity.item() == pytest.approx(3)
+    assert [t.item() for t in vkernels.vq_usage(torch.zeros(4))] == [0, 1]
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -110,6 +194,11 @@ def test_checks_and_compiles():
     state = [torch.ones(5), torch.randn(5, 4), torch.randn(5, 4)]
     update = (*vkernels.vq_code_sums(x, ids, 5), 0.9, 1e-5)
     torch.library.opcheck(torch.ops.vkernels.vq_ema_update.default, (*state, *update))
+    dead = torch.tensor([True, False, True, True, False]), torch.randn(2, 4), torch.tensor(1)
+    torch.library.opcheck(torch.ops.vkernels.vq_reset_codes.default, (*state, *dead))
+    straight = x.clone().requires_grad_(), codebook, ids, 0.25
+    torch.library.opcheck(torch.ops.vkernels.vq_straight_through.default, straight)
+    compiles(lambda x: torch.cat([t.flatten() for t in vkernels.vq_straight_through(x, codebook, ids)]), x)
 
     def step(x, cluster_size, embed_sum, codebook):
         counts, sums = vkernels.vq_code_sums(x, vkernels.vq_nearest(x, codebook), 5)

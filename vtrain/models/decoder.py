@@ -104,28 +104,35 @@ class DecoderLayer(nn.Module):
         index: int = 0,
     ) -> torch.Tensor:
         """cos, sin float32[T, D/2]. With a cache, `cache.attend(index, q, k, v, batch)` does the attention."""
-        x = x + self._attention(x, cos, sin, batch, cache, index)
-        gate, up = F.linear(self._norm(x, self.ffn_norm), self.gate_up).chunk(2, dim=-1)
+        update = self._attention(x, cos, sin, batch, cache, index)
+        normed, x = vkernels.add_rms_norm(update, x, self.ffn_norm, self.config.norm_eps)
+        gate, up = F.linear(normed, self.gate_up).chunk(2, dim=-1)
         return x + F.linear(vkernels.swiglu(gate, up), self.down)
 
     def _attention(self, x, cos, sin, batch, cache, index) -> torch.Tensor:
         config = self.config
         Hq, Hk = config.heads, config.kv_heads
-        qkv = F.linear(self._norm(x, self.attn_norm), self.qkv, self.qkv_bias)
+        qkv = F.linear(vkernels.rms_norm(x, self.attn_norm, config.norm_eps), self.qkv, self.qkv_bias)
         q, k, v = qkv.view(-1, Hq + 2 * Hk, config.head_dim).split((Hq, Hk, Hk), dim=1)
         if config.qk_norm:
-            q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
-        q, k = vkernels.rope(q, k, cos, sin)
+            q, k = vkernels.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, config.norm_eps)
+        else:
+            q, k = vkernels.rope(q, k, cos, sin)
         if cache is not None:
             o = cache.attend(index, q, k, v, batch)
         else:
+            [tiles] = batch.kernel_tables.get("attention_tiles", (None,))
             o = vkernels.varlen_attention(
-                q, k, v, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, kv_lo=batch.kv_lo, kv_hi=batch.kv_hi
+                q,
+                k,
+                v,
+                batch.cu_seqlens,
+                max_seqlen_q=batch.max_seqlen,
+                kv_lo=batch.kv_lo,
+                kv_hi=batch.kv_hi,
+                tiles=tiles,
             )
         return F.linear(o.flatten(1), self.out)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return vkernels.rms_norm(x, weight, self.config.norm_eps)
 
 
 class Tables(nn.Module):
@@ -176,7 +183,7 @@ class Decoder(nn.Module):
         if wrong:
             raise ValueError(f"taps: no layer {wrong}; the decoder has layers 0..{len(self.layers) - 1}")
         tables, bases, sizes = self.embed()
-        x = vkernels.embed(batch.ids, tables, bases, sizes=sizes)
+        x = vkernels.embed(batch.ids, tables, bases, sizes=sizes, order=batch.kernel_tables.get("embed_order"))
         cos, sin = rope_tables(batch.positions, self.config)
         tapped = {}
         for n, layer in enumerate(self.layers):

@@ -3,8 +3,13 @@
 
 #include "vkernels/host.h"
 
+void bind_adamw(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_attention_tiles(py::module_& m);
+void bind_embed_order(py::module_& m);
 void bind_rows(py::module_& m);
+void bind_rows_norms(py::module_& m);
+void bind_sampling(py::module_& m);
 
 PYBIND11_MODULE(_host, m) {
     m.doc() = "Host kernels of vkernels";
@@ -12,6 +17,11 @@ PYBIND11_MODULE(_host, m) {
     m.def(
         "limit_isa", [](int level) { isa_level() = std::min(std::max(level, 0), widest_isa()); }, py::arg("level"),
         "Use no wider an instruction set than `level` (for tests).");
+    bind_adamw(m);
     bind_attention(m);
+    bind_attention_tiles(m);
+    bind_embed_order(m);
     bind_rows(m);
+    bind_rows_norms(m);
+    bind_sampling(m);
 }

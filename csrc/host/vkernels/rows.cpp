@@ -1,22 +1,11 @@
-// Row-wise host kernels, float and double: RMSNorm, SwiGLU, rotary embedding, and rows gathered or summed by index.
-#include <algorithm>
+// Row-wise host kernels, float and double: SwiGLU, rotary embedding, and rows gathered or summed by index.
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "vkernels/host.h"
+#include "vkernels/rows.h"
 
 namespace {
-
-template <class T>
-struct RmsNorm {
-    const T *x, *weight;
-    int64_t stride, C;
-    T eps;
-    T *y, *rstd;
-    const T* dy = nullptr;
-    T* dx = nullptr;
-};
 
 template <class T>
 struct SwiGlu {
@@ -25,6 +14,7 @@ struct SwiGlu {
     T* y;
     const T* dy = nullptr;
     T *dgate = nullptr, *dup = nullptr;
+    int64_t dy_stride = 0, dgate_stride = 0, dup_stride = 0;
 };
 
 template <class T>
@@ -46,81 +36,6 @@ struct AddRows {
 #define VK_KERNELS "vkernels/rows_kernels.h"
 #include "vkernels/foreach_isa.h"
 
-constexpr int64_t kChunkRows = 256;
-constexpr int64_t kWorthThreads = 1 << 20;  // elements; below it, starting a thread costs more than it saves
-
-template <class Work>
-void over_rows(int64_t rows, int64_t width, int threads, const Work& work) {
-    py::gil_scoped_release release;
-    const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
-    parallel_for(chunks, rows * width < kWorthThreads ? 1 : threads, [&](int64_t c, int) {
-        work(c * kChunkRows, std::min(rows, (c + 1) * kChunkRows));
-    });
-}
-
-// The distance of the rows of [N, width], whose elements lie side by side.
-template <class T>
-int64_t row_stride(const py::array_t<T>& x, int64_t N, int64_t width, const char* what) {
-    require(x.ndim() == 2 && x.shape(0) == N && x.shape(1) == width, what);
-    if (x.size() == 0) return 0;  // numpy gives empty arrays any strides
-    require(width == 1 || x.strides(1) == static_cast<py::ssize_t>(sizeof(T)), what);
-    return x.strides(0) / static_cast<py::ssize_t>(sizeof(T));
-}
-
-template <class T>
-T* rows_of(Dense<T>& x, int64_t N, int64_t width, const char* what) {
-    require(x.ndim() == 2 && x.shape(0) == N && x.shape(1) == width, what);
-    return x.mutable_data();
-}
-
-template <class T>
-T* list_of(Dense<T>& x, int64_t N, const char* what) {
-    require(x.ndim() == 1 && x.shape(0) == N, what);
-    return x.mutable_data();
-}
-
-template <class T>
-void bind_rms_norm(py::module_& m) {
-    m.def(
-        "rms_norm_forward",
-        [](const py::array_t<T>& x, Dense<T>& weight, double eps, Dense<T>& y, Dense<T>& rstd, int threads) {
-            const char* bad = "rms_norm: expected x[N, C], weight[C], y[N, C], rstd[N]";
-            require(x.ndim() == 2, bad);
-            const int64_t N = x.shape(0), C = x.shape(1);
-            RmsNorm<T> p{x.data(), list_of(weight, C, bad), row_stride(x, N, C, bad), C, static_cast<T>(eps),
-                         rows_of(y, N, C, bad), list_of(rstd, N, bad)};
-            auto kernel = VK_PICK(rms_norm_forward<T>);
-            over_rows(N, C, threads, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-        },
-        py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"), py::arg("y").noconvert(),
-        py::arg("rstd").noconvert(), py::arg("threads"), "x[N, C] -> writes y[N, C] and rstd[N].");
-    m.def(
-        "rms_norm_backward",
-        [](Dense<T>& dy, const py::array_t<T>& x, Dense<T>& weight, Dense<T>& rstd, Dense<T>& dx, Dense<T>& dweight,
-           int threads) {
-            const char* bad = "rms_norm: expected dy, x, dx[N, C], weight, dweight[C], rstd[N]";
-            require(x.ndim() == 2, bad);
-            const int64_t N = x.shape(0), C = x.shape(1), chunks = (N + kChunkRows - 1) / kChunkRows;
-            RmsNorm<T> p{x.data(), list_of(weight, C, bad), row_stride(x, N, C, bad), C, T(0), nullptr,
-                         list_of(rstd, N, bad)};
-            p.dy = rows_of(dy, N, C, bad);
-            p.dx = rows_of(dx, N, C, bad);
-            T* total = list_of(dweight, C, bad);
-            // One partial sum per chunk of rows, added in order: the same for any number of threads.
-            std::vector<T> partial(chunks * C, T(0));
-            auto kernel = VK_PICK(rms_norm_backward<T>);
-            over_rows(N, C, threads, [&](int64_t begin, int64_t end) {
-                kernel(p, begin, end, partial.data() + begin / kChunkRows * C);
-            });
-            std::fill(total, total + C, T(0));
-            for (int64_t c = 0; c < chunks; ++c)
-                for (int64_t d = 0; d < C; ++d) total[d] += partial[c * C + d];
-        },
-        py::arg("dy").noconvert(), py::arg("x").noconvert(), py::arg("weight").noconvert(),
-        py::arg("rstd").noconvert(), py::arg("dx").noconvert(), py::arg("dweight").noconvert(), py::arg("threads"),
-        "Writes dx[N, C] and dweight[C].");
-}
-
 template <class T>
 void bind_swiglu(py::module_& m) {
     m.def(
@@ -138,15 +53,18 @@ void bind_swiglu(py::module_& m) {
         "Writes y[N, F] = silu(gate) * up.");
     m.def(
         "swiglu_backward",
-        [](Dense<T>& dy, const py::array_t<T>& gate, const py::array_t<T>& up, Dense<T>& dgate, Dense<T>& dup,
-           int threads) {
+        [](const py::array_t<T>& dy, const py::array_t<T>& gate, const py::array_t<T>& up, py::array_t<T>& dgate,
+           py::array_t<T>& dup, int threads) {
             const char* bad = "swiglu: expected dy, gate, up, dgate, dup[N, F]";
             require(gate.ndim() == 2, bad);
             const int64_t N = gate.shape(0), F = gate.shape(1);
             SwiGlu<T> p{gate.data(), up.data(), row_stride(gate, N, F, bad), row_stride(up, N, F, bad), F, nullptr};
-            p.dy = rows_of(dy, N, F, bad);
-            p.dgate = rows_of(dgate, N, F, bad);
-            p.dup = rows_of(dup, N, F, bad);
+            p.dy = dy.data();
+            p.dgate = dgate.mutable_data();
+            p.dup = dup.mutable_data();
+            p.dy_stride = row_stride(dy, N, F, bad);
+            p.dgate_stride = row_stride(dgate, N, F, bad);
+            p.dup_stride = row_stride(dup, N, F, bad);
             auto kernel = VK_PICK(swiglu_backward<T>);
             over_rows(N, F, threads, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
         },
@@ -160,15 +78,12 @@ void bind_rope(py::module_& m) {
         "rope",
         [](const py::array_t<T>& x, Dense<T>& cosine, Dense<T>& sine, bool inverse, Dense<T>& y, int threads) {
             const char* bad = "rope: expected x, y[T, H, D] with D even, cos, sin[T, D / 2]";
-            require(x.ndim() == 3 && y.ndim() == 3, bad);
+            require(x.ndim() == 3, bad);
             const int64_t N = x.shape(0), H = x.shape(1), D = x.shape(2);
-            const auto item = static_cast<py::ssize_t>(sizeof(T));
             require(D % 2 == 0, bad);
-            if (x.size() == 0) return;  // numpy gives empty arrays any strides
-            require(x.strides(2) == item && (H == 1 || x.strides(1) == D * item), bad);
-            require(y.shape(0) == N && y.shape(1) == H && y.shape(2) == D, bad);
-            Rope<T> p{x.data(), rows_of(cosine, N, D / 2, bad), rows_of(sine, N, D / 2, bad), x.strides(0) / item, H, D,
-                      inverse ? T(-1) : T(1), y.mutable_data()};
+            Rope<T> p{x.data(), rows_of(cosine, N, D / 2, bad), rows_of(sine, N, D / 2, bad),
+                      heads_stride(x, N, H, D, bad), H, D, inverse ? T(-1) : T(1),
+                      heads_of(y, N, H, D, bad)};
             auto kernel = VK_PICK(rope_rows<T>);
             over_rows(N, H * D, threads, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
         },
@@ -230,8 +145,6 @@ void gather_rows(const Dense<int64_t>& ids, const std::vector<Dense<uint8_t>>& t
 }  // namespace
 
 void bind_rows(py::module_& m) {
-    bind_rms_norm<float>(m);
-    bind_rms_norm<double>(m);
     bind_swiglu<float>(m);
     bind_swiglu<double>(m);
     bind_rope<float>(m);

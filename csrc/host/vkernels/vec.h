@@ -9,6 +9,7 @@ template <class T>
 using Vec = typename Lanes<T>::vec;
 
 #define VK_INLINE inline __attribute__((always_inline))
+#define VK_BODY __attribute__((always_inline))  // of a lambda on vectors
 
 template <class T>
 VK_INLINE Vec<T> load(const T* p) {

@@ -111,7 +111,7 @@ def judge(
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8) if x.numel() and x.is_floating_point() else x
+    return x.contiguous().reshape(-1).view(torch.uint8) if x.numel() and x.is_floating_point() else x
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from vtrain.models.presets import from_hf_config, preset
 from vtrain.objectives.next_token import NextToken
 from vtrain.settings import PretrainSettings
 from vtrain.train.freeze import apply_trainable
+from vtrain.train.kernel_tables import kernel_tables
 from vtrain.train.loop import DataEnded, Work
 from vtrain.train.optim import AdamW
 from vtrain.train.pictures import PictureDrawer
@@ -101,6 +102,8 @@ class Plan:
             pool=data.pool,
             linear_cost=6 * self.config.hidden,
             pinned=pinned,
+            # The CPU's kernels need no work lists.
+            prepare=kernel_tables(self.vocab, pinned=True) if pinned else None,
         )
 
     def describe_batch(self, documents: int = 4) -> str:
