@@ -216,7 +216,9 @@ def test_to_moves_every_tensor_and_keeps_host_fields():
     loss = np.array([1, 0.5], dtype=np.float32)
     slots = {"clip": [(0, np.ones((1, 3), dtype=np.float32))]}
     batch = PackedBatch.build([Document(np.array([-1, 2]), loss=loss, slots=slots)], VOCAB)
+    batch.kernel_tables["order"] = (torch.arange(3), torch.zeros(2))
     moved = batch.to("meta")
+    assert [t.device.type for t in moved.kernel_tables["order"]] == ["meta", "meta"]
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             assert getattr(moved, name).device.type == "meta", name

@@ -88,7 +88,7 @@ class PackedBatch:
     segments int32[M, 8] or None: first row, tokens, modality, role, t, h, w, document; -1 where there are fewer.
     rows_by_class int32 or None: rows grouped by the vocabulary range of their label, range r at class_cu[r]:
     class_cu[r+1] (int32[R+1]), each group filled up to whole blocks of 512 with T, as is the rest.
-    kernel_tables: {argument of an op: int32 tensors}, work lists that were made on the host (by the loader's `prepare`).
+    kernel_tables: {argument of an op: int32 tensors}, work lists that the loader's `prepare` made on the host.
     Host only: lengths int64[documents] of the real documents; tokens, their sum; scored, the number of labels; counts
     {name: sum of label weights}: "next_token" over all labels and one entry per vocabulary range; sources int32[S] (-1
     for padding).

@@ -93,6 +93,24 @@ def vq_code_sums(on: On, N: int, D: int, K: int) -> Problem:
     return Problem([x], bound(vkernels.vq_code_sums), peers, forward=Cost(0.0, 4 * (N * D + K * D + N)))
 
 
+@case("vq_straight_through", value=15, full={"N": 1 << 20, "D": 32, "K": 16384}, small=TOY)
+def vq_straight_through(on: On, N: int, D: int, K: int) -> Problem:
+    x, codebook = on.randn(N, D, dtype=torch.float32), on.randn(K, D, dtype=torch.float32)
+    ids = on.randint(0, K, N)
+
+    def plain(x, ids=ids):
+        codes = codebook.to(x.dtype)[ids.long()]
+        return x + (codes - x).detach(), (x - codes).square().mean(-1)
+
+    def ours(x):
+        return vkernels.vq_straight_through(x, codebook, ids)
+
+    peers = {"torch eager": eager(plain), "torch.compile": compiled(plain)}
+    judged = Judged(lambda x: plain(x, ids[:ROWS]), [x[:ROWS]], ROWS)
+    size = 4 * N * D
+    return Problem([x], ours, peers, judged=judged, forward=Cost(0.0, 3 * size), backward=Cost(0.0, 4 * size))
+
+
 LEVELS = [8, 8, 8, 5, 5, 5]
 
 

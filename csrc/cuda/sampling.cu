@@ -261,11 +261,26 @@ cudaError_t launch(VkSampling p, void* stream) {
     return cudaLaunchKernel(sample<T>, dim3(p.rows), dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream));
 }
 
+// Makes a device the current one for a while: torch has another runtime, but the same current device under it.
+struct OnDevice {
+    int before = -1;
+    cudaError_t error;
+
+    explicit OnDevice(int device) {
+        error = cudaGetDevice(&before);
+        if (!error && before != device) error = cudaSetDevice(device);
+    }
+    ~OnDevice() {
+        if (before >= 0) cudaSetDevice(before);
+    }
+};
+
 }  // namespace
 
 // Samples on the stream; 0 or a CUDA error. It waits for nothing and allocates nothing, so graphs can capture it.
 VK_EXPORT int vk_sample(const VkSampling* p, void* stream) {
-    if (const cudaError_t error = cudaSetDevice(p->device)) return error;
+    const OnDevice there(p->device);
+    if (there.error) return there.error;
     switch (p->type) {
         case kFloat32: return launch<float>(*p, stream);
         case kBfloat16: return launch<__nv_bfloat16>(*p, stream);
@@ -280,11 +295,13 @@ VK_EXPORT int vk_sampling_bytes() { return sizeof(VkSampling); }
 // 0 if the library has code that the device runs, or a CUDA error. It loads all kernels: loading one at its first launch
 // would be too late inside the capture of a graph.
 VK_EXPORT int vk_ready(int device) {
-    if (const cudaError_t error = cudaSetDevice(device)) return error;
+    const OnDevice there(device);
     cudaFuncAttributes found;
-    if (const cudaError_t error = cudaFuncGetAttributes(&found, sample<float>)) return error;
-    if (const cudaError_t error = cudaFuncGetAttributes(&found, sample<__nv_bfloat16>)) return error;
-    return cudaFuncGetAttributes(&found, sample<__half>);
+    cudaError_t error = there.error;
+    if (!error) error = cudaFuncGetAttributes(&found, sample<float>);
+    if (!error) error = cudaFuncGetAttributes(&found, sample<__nv_bfloat16>);
+    if (!error) error = cudaFuncGetAttributes(&found, sample<__half>);
+    return error;
 }
 
 VK_EXPORT const char* vk_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -64,10 +64,6 @@ def adamw_step(
     step, lr, grad_scale, kept = (_scalar(name, x, device) for name, x in scalars.items())
     lists = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(copies or ())
     _op(step, *lists, decays, lr, *map(float, betas), eps, grad_scale, kept, zero_grads, seed)
-    if not torch.compiler.is_compiling():  # what autograd saved before must not be used after
-        torch.autograd.graph.increment_version(
-            [x for i, tensors in enumerate(lists) if i != 1 or zero_grads for x in tensors]
-        )
 
 
 @torch.no_grad()

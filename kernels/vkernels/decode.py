@@ -48,6 +48,9 @@ def _check(q, k_new, v_new, k_cache, v_cache, length, start) -> None:
             f"caches {tuple(k_cache.shape)}; expected [B, Hq, D], twice [B, Hk, D] and [B, L, Hk, D], Hk dividing Hq"
         )
     tensors = (q, k_new, v_new, k_cache, v_cache)
+    devices = {x.device for x in (*tensors, length, start) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"decode_attention: operands on {sorted(map(str, devices))}; expected one device")
     if len({x.dtype for x in tensors}) > 1:
         raise ValueError(f"decode_attention: dtypes {[str(x.dtype) for x in tensors]}; expected one for all")
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
@@ -82,7 +85,7 @@ def _forward(q, k, v, k_cache, v_cache, length, start, scale):
     grouped = q.reshape(B, Hk, q.shape[1] // Hk, D).to(acc)
     scores = torch.einsum("bhgd,blhd->bhgl", grouped * scale, keys)
     weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-    return torch.einsum("bhgl,blhd->bhgd", weights, values).reshape(q.shape).to(q.dtype)
+    return torch.einsum("bhgl,blhd->bhgd", weights, values).reshape(q.shape).to(q.dtype).contiguous()
 
 
 def _cpu_forward(q, k, v, k_cache, v_cache, length, start, scale):
@@ -119,12 +122,22 @@ def _attend(q, k, v, scale, mask=None):
     return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
 
 
+def _facts(q, k, *rest):
+    return {"head_dim": q.shape[2], "group": q.shape[1] // k.shape[1]}
+
+
+def _fits_registers(facts):
+    D, G = facts["head_dim"], facts["group"]
+    return None if D <= 256 and D * G <= 8192 else f"{G} heads of {D} to a key; it takes {8192 // D} of up to 256"
+
+
 _op = define(
     "decode_attention",
     "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor length, Tensor? start,"
     " float scale) -> Tensor",
     fake=lambda q, *rest: q.new_empty(q.shape),
+    facts=_facts,
     cpu=Backend(_cpu_forward, None, on_cpu),
-    triton=jit("decode", "decode_attention"),
+    triton=jit("decode", "decode_attention", takes=_fits_registers),
     torch=Backend(_forward, None, anywhere),
 )

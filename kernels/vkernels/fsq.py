@@ -46,8 +46,11 @@ def _checked(levels, d):
     size = 1
     for L in levels:
         size *= L
-    if len(levels) != d or min(levels, default=0) < 2 or size >= 2**31:
-        raise ValueError(f"fsq: levels {levels} for {d} channels; expected {d} integers >= 2 with a product < 2**31")
+    # Beyond 1000 levels the widened bound would reach half a step past the outer ones.
+    if len(levels) != d or not all(2 <= L <= 1000 for L in levels) or size >= 2**31:
+        raise ValueError(
+            f"fsq: levels {levels} for {d} channels; expected {d} integers in 2..1000 with a product < 2**31"
+        )
     return levels
 
 

@@ -47,7 +47,8 @@ def lfq_entropy(
     on, off = (t.reshape(-1, groups, d // groups) for t in (on, off))
     middle = d // groups // 2
     low, high = (_joint(on[..., part], off[..., part]) for part in (slice(0, middle), slice(middle, None)))
-    mean = torch.einsum("ngi,ngj->gij", high, low) / max(on.shape[0], 1)
+    with torch.autocast(z.device.type, enabled=False):  # probabilities of a few millionths, in bf16
+        mean = torch.einsum("ngi,ngj->gij", high, low) / max(on.shape[0], 1)
     return sample, -(mean * mean.clamp_min(_LEAST).log()).sum()
 
 

@@ -140,9 +140,25 @@ def below_autograd():
 
 def _define(name: str, schema: str, fake: Callable, implementation: Callable) -> Callable:
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    raw = getattr(torch.ops.vkernels, name).default
+    written = [i for i, a in enumerate(raw._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def run(*args):
+        # An op computes in the dtypes that it tells of, whatever products outside of it are cast to.
+        with torch._C._DisableAutocast():
+            result = implementation(*args)
+        if written:  # what autograd saved of them must not be used after, and a kernel does not tell it
+            torch.autograd.graph.increment_version(_tensors([args[i] for i in written]))
+        return result
+
+    library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vkernels::{name}", fake, lib=library)
-    return getattr(torch.ops.vkernels, name).default
+    return raw
+
+
+def _tensors(args: Sequence) -> list[torch.Tensor]:
+    """The tensors among them, also those inside lists."""
+    return [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a])]
 
 
 def _device_of(args: Sequence) -> torch.device:

@@ -65,8 +65,11 @@ def sample_logits(
         step = torch.full((), step, dtype=torch.int64, device=logits.device)
     if step.dtype != torch.int64 or step.dim():
         raise ValueError(f"sample_logits: step is {step.dtype} {tuple(step.shape)}; expected an int64 scalar")
+    devices = {x.device for x in (logits, uncond, seen, keys, step) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"sample_logits: operands on {sorted(map(str, devices))}; expected one device")
     ids, logprob = _op(
-        logits.detach(), uncond if guidance != 1 else None, seen if penalty != 1 else None, step, keys,
+        logits.detach(), uncond.detach() if guidance != 1 else None, seen if penalty != 1 else None, step, keys,
         _signed(seed), guidance, penalty, temperature, min(top_k, hi - lo), top_p, lo, hi,
     )  # fmt: skip
     return (ids, logprob) if return_logprob else ids

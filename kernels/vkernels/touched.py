@@ -78,7 +78,6 @@ def lazy_adamw_rows(
     scale = _scalar(1.0 if grad_scale is None else grad_scale, param)
     scalars = torch.stack([1 - betas[0] ** now, (1 - betas[1] ** now).sqrt(), _scalar(lr, param), scale]).float()
     _update(param, exp_avg, exp_avg_sq, *touched, scalars, *betas, eps, weight_decay)
-    torch.autograd.graph.increment_version([param, exp_avg, exp_avg_sq])
 
 
 def _scalar(x: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,9 @@ _CHUNK_SCORES = 16 << 20  # scores of one block: 64 MB in float32
 def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
     """The index of the code nearest to each row. x[N, D], codebook[K, D] -> int32[N]; ties give the lowest index.
 
-    Equal to the float64 argmin unless two codes are nearer to a tie than 1e-6 of |x|^2 + max |e|^2; not exact: on a GPU
-    from one product of values rounded to 11 bits instead of three, within 1e-3 of that. Memory is O(N + K).
+    The squared distance is the least one, or greater by at most 2e-6 of |x|^2 + max |e|^2 where more codes than float64
+    looks at come so near; not exact: on a GPU from one product of values rounded to 11 bits instead of three, 1e-3 of
+    that. On the CPU it is the float64 argmin. Memory is O(N + K).
     """
     if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
         found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"
@@ -45,11 +46,19 @@ def vq_straight_through(
     """
     if codebook.requires_grad:
         raise ValueError("vq_straight_through: the codebook requires a gradient; expected one that vq_ema_update moves")
+    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
+        found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"
+        raise ValueError(f"vq_straight_through: {found}; expected [N, D] and [K, D] with K, D > 0")
+    _check_ids("vq_straight_through", x, ids)
     return _straight_through(x, codebook, ids, beta)
 
 
 def vq_code_sums(x: torch.Tensor, ids: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x[N, D], ids int[N] -> (counts float32[K], sums float32[K, D]) of the rows of each code; ids < 0 are left out."""
+    """x[N, D], ids int[N] -> (counts float32[K], sums float32[K, D]) of the rows of each code.
+
+    Rows with an id outside 0..K-1 are left out.
+    """
+    _check_ids("vq_code_sums", x, ids)
     return _code_sums(x, ids, num_codes)
 
 
@@ -67,6 +76,8 @@ def vq_ema_update(
     The divisor is Laplace-smoothed: (size + eps) / (n + K * eps) * n with n = sum of the sizes. Codes of size 0 keep
     their vector.
     """
+    state = {"cluster_size": cluster_size, "embed_sum": embed_sum, "counts": counts, "sums": sums}
+    _check_state("vq_ema_update", codebook, state)
     _ema_update(cluster_size, embed_sum, codebook, counts, sums, decay, eps)
 
 
@@ -84,6 +95,10 @@ def vq_reset_codes(
     `available` (int[] on the device: how many of the rows there are), stay as they are. Which codes are dead and which
     rows replace them is the caller's to say: `dead = cluster_size < 0.1 * cluster_size.mean()`.
     """
+    state = {"cluster_size": cluster_size, "embed_sum": embed_sum, "dead": dead}
+    _check_state("vq_reset_codes", codebook, state)
+    if rows.dim() != 2 or rows.shape[1] != codebook.shape[1]:
+        raise ValueError(f"vq_reset_codes: rows {list(rows.shape)}; expected [R, {codebook.shape[1]}]")
     if available is None:
         available = torch.full((), rows.shape[0], dtype=torch.int64, device=rows.device)
     return _reset_codes(cluster_size, embed_sum, codebook, dead, rows, available)
@@ -96,6 +111,21 @@ def vq_usage(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     shares = counts / counts.sum().clamp(min=1)
     return (counts > 0).sum(), torch.special.entr(shares).sum().exp()
+
+
+def _check_ids(op: str, x: torch.Tensor, ids: torch.Tensor) -> None:
+    if x.dim() != 2 or ids.shape != x.shape[:1] or ids.dtype not in (torch.int32, torch.int64):
+        found = f"x {list(x.shape)} and ids {ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"{op}: {found}; expected [N, D] and int32 or int64 [N]")
+
+
+def _check_state(op: str, codebook: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    """Vectors of K and tables of [K, D], as `codebook` has them."""
+    for name, t in state.items():
+        shape = codebook.shape if name in ("embed_sum", "sums") else codebook.shape[:1]
+        if codebook.dim() != 2 or t.shape != shape:
+            raise ValueError(f"{op}: {name} {list(t.shape)} for a codebook {list(codebook.shape)}; expected [K, D]"
+                             f" and {name} {list(shape)}")  # fmt: skip
 
 
 def _scores(x, codebook):
@@ -145,7 +175,7 @@ def _nearest_cpu(x, codebook, exact=True):
 
 def _code_sums_cpu(x, ids, num_codes):
     ids = ids.long()
-    counts = torch.bincount(ids[ids >= 0], minlength=num_codes).float()
+    counts = torch.bincount(ids[(ids >= 0) & (ids < num_codes)], minlength=num_codes).float()
     sums = torch.zeros(num_codes, x.shape[1])
     rows = to_numpy(x.float().contiguous())
     _host.add_rows(rows, to_numpy(ids.contiguous()), 0, num_codes, to_numpy(sums), torch.get_num_threads())
@@ -154,7 +184,7 @@ def _code_sums_cpu(x, ids, num_codes):
 
 def _code_sums_torch(x, ids, num_codes):
     # One more row takes the rows that are left out: no selection whose shape depends on the data.
-    ids = torch.where(ids >= 0, ids, num_codes)
+    ids = torch.where((ids >= 0) & (ids < num_codes), ids, num_codes)
     counts = torch.zeros(num_codes + 1, device=x.device).index_add_(0, ids, torch.ones(ids.shape[0], device=x.device))
     sums = torch.zeros(num_codes + 1, x.shape[1], device=x.device).index_add_(0, ids, x.float())
     return counts[:num_codes].clone(), sums[:num_codes].clone()
@@ -195,7 +225,8 @@ def _straight_through_backward(dcodes, dcommitment, x, codes, ids, num_codes, be
     acc = accumulate_dtype(x.dtype)
     inside = (ids >= 0) & (ids < num_codes)
     pull = torch.where(inside, dcommitment * (2 * beta / max(x.shape[1], 1)), 0).unsqueeze(1)
-    return (x.to(acc) - codes).mul_(pull).add_(dcodes).to(x.dtype)
+    away = torch.where(inside.unsqueeze(1), x.to(acc) - codes, 0)  # what is left out may be infinite
+    return away.mul_(pull).add_(dcodes).to(x.dtype)
 
 
 def _dim(x, codebook, exact=True):

@@ -107,6 +107,9 @@ def test_a_dry_run_writes_rows_and_the_page_and_no_table(tmp_path, capsys):
     assert {p for _, p in found} == {"forward", "backward", "both"}
     assert found["Liger", "forward"]["error"] == "not installed: liger_kernel"
     ours = found["vkernels cpu", "forward"]
+    assert [list(found["vkernels cpu", p]["facts"]) for p in ("forward", "backward", "both")] == [
+        ["swiglu"], ["swiglu_backward"], []
+    ]  # fmt: skip
     assert ours["ratio"] == pytest.approx(found["torch eager", "forward"]["p50"] / ours["p50"], rel=1e-2)
     assert ours["err"] < 1e-6
     assert (ours["bound"], ours["bytes"]) == ("bytes", 3 * 4 * 2048 * 1536)
@@ -241,6 +244,44 @@ def test_the_environment_without_git(monkeypatch):
     harness._commit.cache_clear()
 
 
+def test_the_calls_of_a_gpu_are_made_in_order(monkeypatch):
+    """With a GPU that is made up: flush, start, call, stop, wait; a graph is warmed up on a stream of its own."""
+    from contextlib import nullcontext
+    from unittest.mock import MagicMock
+
+    from gpu import Timer
+
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, other):
+            return 0.25
+
+    timer = Timer(torch.device("cpu"))
+    timer.on_gpu, timer._flush = True, MagicMock(zero_=lambda: order.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    assert timer.times(lambda: order.append("call"), 0.0) == [250.0]
+    assert order == ["flush", "sleep", "record", "call", "record", "wait"]
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    calls = []
+    replay = timer.captured(lambda: calls.append(1))
+    assert len(calls) == 4
+    assert replay is torch.cuda.CUDAGraph().replay
+
+
 def test_a_capture_is_the_call_itself_on_the_cpu():
     from gpu import Timer, start_reading
 
@@ -269,12 +310,12 @@ def test_training_steps_of_every_peer_that_is_here(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_script_dry_runs(tmp_path):
-    """The steps on the CPU in their shares of two minutes; what is not installed or has no time left is a row."""
+    """The steps on the CPU in their shares of 160 seconds; what is not installed or has no time left is a row."""
     steps = "check,sanitizer,kernels,e2e,table"  # not build: other tests are using what it makes
     environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment["ONLY"] = "quick_gelu|tiny even"
-    command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), "--dry-run", "--steps", steps, "120"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), "--dry-run", "--steps", steps, "160"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert json.loads((tmp_path / "check.json").read_text())
     assert {r["suite"] for r in rows_of(tmp_path)} == {"ceilings", "kernels", "e2e"}

@@ -198,6 +198,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) {
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return emulate::message; }
 
 template <class P>

@@ -102,6 +102,7 @@ def test_bad_operands_are_named():
         ((q.double(), k, v, *caches, length), "expected one for all"),
         ((q, k, v, caches[0].mT.contiguous().mT, caches[1], length), "expected a last one of 1"),
         ((q, k, v, *caches, torch.zeros(2, dtype=torch.int32)), r"length is torch.int32 \(2,\)"),
+        ((q, k, v, *caches, length.to("meta")), "operands on .*'cpu', 'meta'"),
         ((q, k, v, *caches, torch.zeros(3)), "length is torch.float32"),
         ((q.requires_grad_(), k, v, *caches, length), "no gradient"),
     ]:

@@ -266,6 +266,7 @@ def test_compiles_and_checks():
         ({"uncond": torch.zeros(2, 5)}, "uncond is torch.float32"),
         ({"keys": torch.zeros(2)}, "keys is torch.float32"),
         ({"step": torch.zeros(1, dtype=torch.int64)}, "step is"),
+        ({"seen": torch.zeros(2, 4, dtype=torch.bool, device="meta")}, "operands on .*'cpu', 'meta'"),
         ({"lo": 3, "hi": 3}, r"columns \[3, 3\) of 4"),
         ({"hi": 5}, r"columns \[0, 5\) of 4"),
         ({"logits": torch.zeros(4)}, "logits are"),

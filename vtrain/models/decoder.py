@@ -106,8 +106,7 @@ class DecoderLayer(nn.Module):
         """cos, sin float32[T, D/2]. With a cache, `cache.attend(index, q, k, v, batch)` does the attention."""
         update = self._attention(x, cos, sin, batch, cache, index)
         normed, x = vkernels.add_rms_norm(update, x, self.ffn_norm, self.config.norm_eps)
-        gate, up = F.linear(normed, self.gate_up).chunk(2, dim=-1)
-        return x + F.linear(vkernels.swiglu(gate, up), self.down)
+        return x + F.linear(vkernels.swiglu(F.linear(normed, self.gate_up)), self.down)
 
     def _attention(self, x, cos, sin, batch, cache, index) -> torch.Tensor:
         config = self.config
@@ -220,28 +219,16 @@ class Decoder(nn.Module):
 
 
 def rope_tables(positions: torch.Tensor, config: DecoderConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, float32[T, D/2], for positions int[T].
-
-    Made from scratch on the device of `positions`: no buffer that a meta device or a cast could spoil, no copy from
-    the host. Angles are float64: in float32 one at position 30000 is wrong by 1e-3.
-    """
-    angles = positions.to(torch.float64)[:, None] * _rope_frequencies(config, positions.device)
-    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
-
-
-def _rope_frequencies(config: DecoderConfig, device: torch.device) -> torch.Tensor:
-    """Radians per position of each rotary pair, float64[D/2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
-    frequencies = torch.pow(config.rope_theta, -exponents)
+    """cos and sin float32[T, D/2], made anew for a batch: no buffer that a meta device or a cast could spoil."""
     scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Waves that turn more than `high` times in the original context stay, those below `low` turns are stretched by
-    # `factor`, and between the two the frequency is blended linearly in the number of turns.
-    turns = frequencies * (scaling.original_max_positions / (2 * math.pi))
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (keep + (1.0 - keep) / scaling.factor)
+    named = scaling and {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
+    return vkernels.rope_tables(positions, config.head_dim, theta=config.rope_theta, scaling=named)
 
 
 def fill_normal_rows(rows: torch.Tensor, key: int, first: int, std: float) -> None:

@@ -18,14 +18,11 @@ class Ema:
         self.decay = decay
         self.live = {name: shard for o in optimizers for name, shard in o.shards.items()}
         self.rows = {name: p.shape[0] for o in optimizers for name, p in o.parameters.items()}
-        self.empty = {name: o.empty_shard(name) for o in optimizers for name in o.parameters if name not in o.shards}
         self.average = {name: shard.detach().clone() for name, shard in self.live.items()}
 
     @torch.no_grad()
     def update(self, kept: torch.Tensor) -> None:
         """kept: 1.0 on the device, or 0.0 after a step that was skipped."""
-        if not self.live:  # this rank holds no row of what is trained
-            return
         difference = torch._foreach_sub(list(self.live.values()), list(self.average.values()))
         torch._foreach_mul_(difference, kept * (1.0 - self.decay))
         torch._foreach_add_(list(self.average.values()), difference)
@@ -48,5 +45,4 @@ class Ema:
 
     def tensors(self) -> Tensors:
         """The averages for a checkpoint, as views."""
-        own = self.average | self.empty
-        return Tensors({f"ema.{name}": (own[name], rows) for name, rows in self.rows.items()}, {})
+        return Tensors({f"ema.{name}": (self.average[name], rows) for name, rows in self.rows.items()}, {})

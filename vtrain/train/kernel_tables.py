@@ -1,4 +1,4 @@
-"""Work lists of kernels, made beside a batch in the loader's thread, so that no step sorts or searches on the device."""
+"""Work lists of kernels, made beside a batch in the loader's thread: no step sorts or searches on the device."""
 
 from __future__ import annotations
 

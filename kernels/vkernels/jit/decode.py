@@ -15,7 +15,6 @@ import triton.language as tl
 from vkernels.jit.common import acc_type, multiprocessors
 from vkernels.registry import accumulate_dtype
 
-COLUMNS = 64  # of the cache in one tile: keys and values of 128 dims, three tiles in flight, take 96 KB
 LEAST = 256  # columns of a split; below it, what is written and read again outweighs what runs side by side
 MOST = 64  # splits
 
@@ -102,14 +101,14 @@ def decode_attention(q, k, v, k_cache, v_cache, length, start, scale) -> torch.T
         part = torch.empty(B, Hq, splits, D, **options)
         peak, total = torch.empty(B, Hq, splits, **options), torch.empty(B, Hq, splits, **options)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    ACC = acc_type(q.dtype)
+    ACC, (COLS, stages) = acc_type(q.dtype), _tiles(DIM, q.element_size())
     _decode_partial[(B * Hk, splits)](
         q, k, v, k_cache, v_cache, length, start if start is None else start.contiguous(), part, peak, total,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         length.stride(0) if length.dim() else 0, L, Hk, scale * math.log2(math.e),
         ACC=ACC, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", G=G,
-        HEADS=max(16, triton.next_power_of_2(G)), D=D, DIM=DIM, COLS=COLUMNS, SPLITS=splits,
-        STARTS=start is not None, num_warps=4, num_stages=3 if DIM <= 128 else 2,
+        HEADS=max(16, triton.next_power_of_2(G)), D=D, DIM=DIM, COLS=COLS, SPLITS=splits,
+        STARTS=start is not None, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _decode_join[(B * Hq,)](part, peak, total, o, D, ACC=ACC, DIM=DIM, SPLITS=splits,
@@ -124,3 +123,12 @@ def _splits(pairs: int, columns: int, multiprocessors: int) -> int:
     """
     wanted = triton.cdiv(8 * multiprocessors, pairs)
     return max(1, min(wanted, triton.cdiv(columns, LEAST), MOST))
+
+
+def _tiles(dim: int, item: int) -> tuple[int, int]:
+    """(columns of a tile, tiles of keys and values in flight): up to three of 64 columns, in 144 KB of shared memory.
+
+    float32 products split each key in two parts in registers: 64 columns of 128 dims would spill 664 bytes.
+    """
+    columns = 64 if item == 2 or dim <= 64 else 32
+    return columns, max(1, min(3, (144 << 10) // (2 * columns * dim * item)))

@@ -37,8 +37,9 @@ def _straight_through_backward(dcodes_ptr, dcommitment_ptr, x_ptr, codes_ptr, id
     inside = (row < n_rows)[:, None] & (dim < n_dims)[None, :]
     code = tl.load(ids_ptr + row, mask=row < n_rows, other=-1)
     chosen = (code >= 0) & (code < n_codes)
-    x = tl.load(x_ptr + row[:, None] * x_stride + dim[None, :], mask=inside, other=0).to(ACC)
-    e = tl.load(codes_ptr + row[:, None] * codes_stride + dim[None, :], mask=inside, other=0).to(ACC)
+    moved = inside & chosen[:, None]  # what is left out may be infinite
+    x = tl.load(x_ptr + row[:, None] * x_stride + dim[None, :], mask=moved, other=0).to(ACC)
+    e = tl.load(codes_ptr + row[:, None] * codes_stride + dim[None, :], mask=moved, other=0).to(ACC)
     dcodes = tl.load(dcodes_ptr + row[:, None] * dcodes_stride + dim[None, :], mask=inside, other=0).to(ACC)
     weight = tl.load(dcommitment_ptr + row * dcommitment_stride, mask=chosen, other=0).to(ACC) * pull
     dx = dcodes + weight[:, None] * (x - e)
@@ -146,4 +147,4 @@ def vq_reset_codes(cluster_size, embed_sum, codebook, dead, rows, available):
         cluster_size.stride(0), embed_sum.stride(0), codebook.stride(0), rows.stride(0),
         ROWS=ROWS, DIMS=DIMS, num_warps=4,
     )  # fmt: skip
-    return torch.minimum(turns[-1], available.clamp(max=rows.shape[0]).long())
+    return torch.minimum(turns[-1], available.clamp(0, rows.shape[0]).long())
