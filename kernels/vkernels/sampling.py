@@ -13,6 +13,7 @@ import torch
 
 from vkernels import _host, cuda
 from vkernels.host import to_numpy
+from vkernels.philox import LOW, philox
 from vkernels.registry import Backend, anywhere, define, on_cpu
 
 ONE = 1 << 40  # the weight of the likeliest token
@@ -156,28 +157,17 @@ def kept(x: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return w
 
 
-def philox(seed: int, step: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two 32-bit words of Philox4x32-10 (Salmon et al. 2011), key `seed`, counter (step, key), as int64.
-
-    seed: 64 bits; step, key: int64 tensors of one shape, whose bits fill two words of the counter each.
-    """
-    low = (1 << 32) - 1
-    c = [step & low, (step >> 32) & low, key & low, (key >> 32) & low]
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # modulo 2^64, as unsigned: no bit is lost
-        c = [((b >> 32) & low) ^ c[1] ^ k0, b & low, ((a >> 32) & low) ^ c[3] ^ k1, a & low]
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c[0], c[1]
+def random_words(seed: int, step: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two words of Philox with the counter (step, key), int64 tensors of which each fills two words."""
+    return philox(seed, [step & LOW, (step >> 32) & LOW, key & LOW, (key >> 32) & LOW])[:2]
 
 
 def scaled(total: torch.Tensor, r0: torch.Tensor, r1: torch.Tensor) -> torch.Tensor:
     """floor(total * (r1 2^32 + r0) / 2^64) for total below 2^62, in pieces that int64 holds."""
-    low = (1 << 32) - 1
-    t0, t1 = total & low, total >> 32
+    t0, t1 = total & LOW, total >> 32
     cross = t0 * r1  # below 2^64: its upper half is read as unsigned
-    middle = (t1 * r0 & low) + (cross & low) + (((t0 * r0) >> 32) & low)
-    return t1 * r1 + (t1 * r0 >> 32) + ((cross >> 32) & low) + (middle >> 32)
+    middle = (t1 * r0 & LOW) + (cross & LOW) + (((t0 * r0) >> 32) & LOW)
+    return t1 * r1 + (t1 * r0 >> 32) + ((cross >> 32) & LOW) + (middle >> 32)
 
 
 def _forward(logits, uncond, seen, step, keys, seed, guidance, penalty, temperature, top_k, top_p, lo, hi):
@@ -193,7 +183,7 @@ def _forward(logits, uncond, seen, step, keys, seed, guidance, penalty, temperat
         keys = torch.arange(R, device=logits.device) if keys is None else keys
         w = kept(x, top_k, top_p)
         total = w.sum(-1)
-        target = scaled(total, *philox(seed, step.expand(R), keys))
+        target = scaled(total, *random_words(seed, step.expand(R), keys))
         at = (w.cumsum(-1) <= target.unsqueeze(-1)).sum(-1)
         chosen = w.gather(-1, at.unsqueeze(-1)).squeeze(-1)
         logprob = (chosen.double() / total.double()).log().float()

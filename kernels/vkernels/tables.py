@@ -40,19 +40,25 @@ def pointers(
 
 def resident(device: torch.device, kind: str, numbers: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """make() on `device`, kept for the next call with the same `kind` and `numbers`, of which it must be a function."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _captured((device, kind, numbers))
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, kind, numbers)
+    key = (stream, device, kind, numbers)
     table = _tables.get(key)
     if table is None:
-        if capturing:
-            raise ValueError("vkernels: a CUDA graph on tensors that no step saw, expected a step before the capture")
         table = _tables[key] = _upload(make(), device)
         if len(_tables) > KEPT:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
-    if capturing:
-        _in_graphs.append(table)
+    return table
+
+
+def _captured(key: tuple) -> torch.Tensor:
+    """The table that a step before the capture left, on whatever stream: a capture begins with a synchronisation."""
+    table = next((table for found, table in _tables.items() if found[1:] == key), None)
+    if table is None:
+        raise ValueError("vkernels: a CUDA graph on tensors that no step saw, expected a step before the capture")
+    _in_graphs.append(table)
     return table
 
 

@@ -25,9 +25,9 @@ _CHUNK_SCORES = 16 << 20  # scores of one block: 64 MB in float32
 def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
     """The index of the code nearest to each row. x[N, D], codebook[K, D] -> int32[N]; ties give the lowest index.
 
-    The squared distance is the least one, or greater by at most 2e-6 of |x|^2 + max |e|^2 where more codes than float64
-    looks at come so near; not exact: on a GPU from one product of values rounded to 11 bits instead of three, 1e-3 of
-    that. On the CPU it is the float64 argmin. Memory is O(N + K).
+    On the CPU by float64. On a GPU, where several codes come that near, the squared distance may exceed the least one by
+    2e-6 of |x|^2 + max |e|^2; not exact: by 1e-3 of that, from one product of values rounded to 11 bits instead of
+    three. Codes wider than 256 are as exact there as torch's float32 products. Memory is O(N + K).
     """
     if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
         found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"

@@ -40,8 +40,8 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _forward(gate_ptr, up_ptr, y_ptr, n_rows, n_cols, gate_stride, up_stride,
-             ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _activation_forward(gate_ptr, up_ptr, y_ptr, n_rows, n_cols, gate_stride, up_stride,
+                        ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     tiles = tl.cdiv(n_cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
@@ -55,8 +55,9 @@ def _forward(gate_ptr, up_ptr, y_ptr, n_rows, n_cols, gate_stride, up_stride,
 
 
 @triton.jit
-def _backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n_rows, n_cols, dy_stride, gate_stride, up_stride, d_stride,
-              ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _activation_backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n_rows, n_cols,
+                         dy_stride, gate_stride, up_stride, d_stride,
+                         ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     tiles = tl.cdiv(n_cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
@@ -108,7 +109,7 @@ def _launch_forward(gate, up, act: str) -> torch.Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
         grid, ROWS, COLS = _tiles(n, F)
-        _forward[grid](
+        _activation_forward[grid](
             g, u, y, n, F, g.stride(0), 0 if u is None else u.stride(0),
             ACT=act, ACC=acc_type(gate.dtype), ROWS=ROWS, COLS=COLS, num_warps=8,
         )  # fmt: skip
@@ -120,7 +121,7 @@ def _launch_backward(dy, gate, up, dgate, dup, d_stride: int, act: str) -> None:
     n, F = g.shape
     if g.numel():
         grid, ROWS, COLS = _tiles(n, F)
-        _backward[grid](
+        _activation_backward[grid](
             grads, g, u, dgate, dup, n, F, grads.stride(0), g.stride(0), 0 if u is None else u.stride(0), d_stride,
             ACT=act, ACC=acc_type(gate.dtype), ROWS=ROWS, COLS=COLS, num_warps=8,
         )  # fmt: skip

@@ -11,13 +11,13 @@ from vkernels.newton_schulz import iterate
 
 
 @triton.jit
-def _symmetric(x_ptr, plus_ptr, out_ptr, m, n, alpha, beta,
+def _symmetric(x_ptr, plus_ptr, out_ptr, m, n, tiles, alpha, beta,
                PLUS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
                BLOCK: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
-    p = tl.program_id(0)  # tile (i, j) with j <= i is number i (i + 1) / 2 + j
+    p = tl.program_id(0) % tiles  # tile (i, j) with j <= i is number i (i + 1) / 2 + j
     i = ((tl.sqrt_rn((8 * p + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)  # exact below 2^21 tiles
     j = p - i * (i + 1) // 2
-    batch = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
     row, column = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, INNER)
     left = x_ptr + batch * m * n + row.to(tl.int64)[:, None] * n + k[None, :]
@@ -46,9 +46,10 @@ def symmetric_product(x: torch.Tensor, alpha: float, plus: torch.Tensor | None, 
     B, m, n = x.shape
     out = torch.empty(B, m, m, dtype=x.dtype, device=x.device)
     BLOCK = 64 if m <= 512 else 128  # below, few tiles: smaller ones fill more of the device
-    tiles = triton.cdiv(m, BLOCK)
-    _symmetric[(tiles * (tiles + 1) // 2, B)](
-        x, plus, out, m, n, alpha, beta,
+    side = triton.cdiv(m, BLOCK)
+    tiles = side * (side + 1) // 2
+    _symmetric[(tiles * B,)](
+        x, plus, out, m, n, tiles, alpha, beta,
         PLUS=plus is not None, ACC=acc_type(x.dtype), PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
         BLOCK=BLOCK, INNER=64 if x.element_size() == 2 else 32, num_warps=8 if BLOCK == 128 else 4, num_stages=4,
     )  # fmt: skip
