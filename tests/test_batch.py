@@ -223,7 +223,7 @@ def test_to_moves_every_tensor_and_keeps_host_fields():
         if isinstance(value, torch.Tensor):
             assert getattr(moved, name).device.type == "meta", name
             assert value.device.type == "cpu", name
-        elif name != "slots":
+        elif name not in ("slots", "kernel_tables"):
             assert getattr(moved, name) is value, name
     [before], [after] = batch.slots.values(), moved.slots.values()
     assert {t.device.type for t in (after.data, after.index, after.cu)} == {"meta"}
