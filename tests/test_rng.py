@@ -45,12 +45,10 @@ def test_the_three_forms_are_one_function(key, words):
 
 
 @given(words64, lists64)
-def test_uniform_numpy_equals_torch_bit_for_bit(key, words):
+def test_uniform_is_the_upper_53_bits(key, words):
     drawn = rng.uniform(key, np.array(words, dtype=np.uint64))
-    twin = rng.uniform_tensor(rng.key_tensor(key), tensor(words)).numpy()
-    assert drawn.dtype == twin.dtype == np.float64
-    assert drawn.tobytes() == twin.tobytes()
-    assert (drawn >= 0).all()
+    assert drawn.dtype == np.float64
+    assert drawn.tolist() == [(slow_fold(key, word) >> 11) * 2.0**-53 for word in words]
     assert (drawn < 1).all()
 
 

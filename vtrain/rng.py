@@ -1,6 +1,6 @@
 """Counter-based randomness: a draw is a pure function of (key, counters), never of what was drawn before.
 
-So a document's caption choice, a flow time or a sampled token is the same on any rank, in any batch and after any
+So a document's caption choice or the reset of a codebook entry is the same on any rank, in any batch and after any
 resume. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014) applied once per word. The numpy and the torch
 form are bit-identical: integers wrap modulo 2**64 in both.
 """
@@ -73,11 +73,6 @@ def fold_tensor(key: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """`fold_array` on any device: int64 tensors that carry the u64 bits."""
     words = _mix_torch(words + _signed(_GAMMA))
     return _mix_torch((key ^ words) + _signed(_GAMMA))
-
-
-def uniform_tensor(key: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """float64 in [0, 1), bit-identical to `uniform` for the same key and word bits."""
-    return _shift(fold_tensor(key, words), 11).to(torch.float64) * 2.0**-53
 
 
 def key_tensor(key: int, device: torch.device | str = "cpu") -> torch.Tensor:

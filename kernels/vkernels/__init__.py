@@ -1,7 +1,7 @@
 """vkernels: the operations vtrain is built on, one signature each, with a backend per kind of device.
 
 Import it on its own: `import vkernels; y = vkernels.rms_norm(x, weight)`. `vkernels.force(op, backend)` overrides the
-choice of backend. Importing needs torch only.
+choice of backend. Importing needs torch and numpy only; Triton kernels are compiled when they are first called.
 """
 
 from vkernels import modules

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.arguments import require_floats
 from vkernels.host import flat_rows, to_numpy
 from vkernels.registry import (
     Backend,
@@ -44,6 +45,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, approximate: st
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(1.702 x), CLIP's GELU, of x's shape and dtype, computed in float32."""
+    require_floats("quick_gelu", x=x)
     return _quick_gelu(x)
 
 
@@ -51,6 +53,7 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _check(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+    require_floats(op, gate=gate, up=gate if up is None else up)
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(

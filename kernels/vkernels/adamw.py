@@ -11,7 +11,7 @@ import torch
 
 from vkernels import _host, tables
 from vkernels.host import to_numpy
-from vkernels.philox import LOW, philox
+from vkernels.philox import LOW, philox, signed
 from vkernels.registry import Backend, accumulate_dtype, anywhere, define, jit, on_cpu
 
 _HOST_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as the host kernel calls them
@@ -54,6 +54,8 @@ def adamw_step(
         return
     device = params[0].device
     decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, int | float) else list(weight_decay)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or eps < 0:
+        raise ValueError(f"vkernels.adamw_step: betas {betas}, eps {eps}; expected two in [0, 1) and eps >= 0")
     if len(decays) != len(params):
         raise ValueError(f"vkernels.adamw_step: {len(decays)} weight decays, expected {len(params)}")
     if not isinstance(step, torch.Tensor):
@@ -63,7 +65,7 @@ def adamw_step(
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "kept": kept}
     step, lr, grad_scale, kept = (_scalar(name, x, device) for name, x in scalars.items())
     lists = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(copies or ())
-    _op(step, *lists, decays, lr, *map(float, betas), eps, grad_scale, kept, zero_grads, seed)
+    _op(step, *lists, decays, lr, *map(float, betas), eps, grad_scale, kept, zero_grads, signed(seed))
 
 
 @torch.no_grad()
@@ -163,7 +165,7 @@ def _cpu(step, params, grads, avgs, squares, copies, decays, lr, beta1, beta2, e
     kinds = [_HOST_KINDS[x[0].dtype] for x in (grads, avgs, squares)]
     _host.adamw_step(
         tensors, kinds, to_numpy(torch.tensor(decays, dtype=torch.float64)), int(step), float(lr), beta1, beta2, eps,
-        1.0 if scale is None else float(scale), keep, zero, seed, torch.get_num_threads(),
+        1.0 if scale is None else float(scale), keep, zero, seed % 2**64, torch.get_num_threads(),
     )  # fmt: skip
     step.add_(int(keep))
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vkernels.arguments import require_indices
+
 
 def rope_tables(
     positions: torch.Tensor,
@@ -37,7 +39,7 @@ def rope_tables(
     Made on the device of positions, in float64 until the end: in float32 an angle at position 100000 is off by 4e-3.
     Only longrope copies from the host, its D/2 factors. ValueError for what does not fit.
     """
-    _check(positions, head_dim, sections, interleaved)
+    _check(positions, head_dim, theta, sections, interleaved)
     axial = positions.dim() == 2 and sections is None
     dims = head_dim // positions.shape[0] if axial else head_dim
     frequencies, attention_factor = _scaled(dims, theta, scaling or {}, max_seqlen, positions.device)
@@ -50,9 +52,12 @@ def rope_tables(
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
 
 
-def _check(positions, head_dim, sections, interleaved) -> None:
+def _check(positions, head_dim, theta, sections, interleaved) -> None:
+    require_indices("rope_tables", positions=positions)
     if positions.dim() not in (1, 2):
         raise ValueError(f"rope_tables: positions {list(positions.shape)}, expected [T] or [axes, T]")
+    if not theta > 0:
+        raise ValueError(f"rope_tables: theta {theta}, expected a positive one")
     axes = positions.shape[0] if positions.dim() == 2 else 1
     if head_dim <= 0 or head_dim % (2 * axes if sections is None else 2):
         raise ValueError(f"rope_tables: head_dim {head_dim}, expected pairs for each of {axes} axes")

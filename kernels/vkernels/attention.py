@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.arguments import require_floats, require_indices
 from vkernels.attention_facades import FLASH, LIBRARIES, TRITON
 from vkernels.host import dense_heads, to_numpy
 from vkernels.registry import (
@@ -51,33 +52,49 @@ def varlen_attention(
     replaces the document's start, kv_hi the causal bound. A query without keys gives 0 and lse -inf. max_seqlen: upper
     bounds of the lengths (0 = the number of rows). scale: default 1 / sqrt(D), above 0. tiles: what `attention_tiles`
     made on the host of the same cu_seqlens, kv_lo and kv_hi, on q's device; without it, kernels that walk such a list
-    make it on the device. lse gets no gradient. ValueError for shapes, scale or tiles that do not fit.
+    make it on the device. lse gets no gradient. cu_seqlens begin with 0 and end with Tq and Tk: on a GPU nobody looks,
+    and what belongs to rows behind the last document is left unwritten. ValueError for shapes, scale or tiles that do
+    not fit.
     """
-    Tq, Hq, D = q.shape
-    Tk, Hk, _ = k.shape
-    if k.shape != v.shape or k.shape[2] != D or Hk == 0 or Hq % Hk:
-        raise ValueError(
-            f"varlen_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected [Tq, Hq, D], "
-            "[Tk, Hk, D] twice, with Hq a multiple of Hk"
-        )
     if scale is not None and not scale > 0:
         raise ValueError(f"varlen_attention: scale is {scale}, expected a number above 0")
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, kv_lo, kv_hi)
     out, lse = _op(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q or Tq,
-        max_seqlen_k or Tk,
+        max_seqlen_q or q.shape[0],
+        max_seqlen_k or k.shape[0],
         kv_lo,
         kv_hi,
-        1 / math.sqrt(D) if scale is None else scale,
+        1 / math.sqrt(q.shape[2]) if scale is None else scale,
         tiles,
     )
     return (out, lse) if return_lse else out
+
+
+def _check(q, k, v, cu_q, cu_k, kv_lo, kv_hi) -> None:
+    """What kernels would take for granted: a GPU reads and writes where these shapes say."""
+    require_floats("varlen_attention", q=q, k=k, v=v)
+    require_indices("varlen_attention", cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    shapes = f"q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}"
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2] > 0
+    if not fits or k.shape[1] == 0 or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
+        expected = "[Tq, Hq, D], [Tk, Hk, D] twice, with Hq a multiple of Hk, of one dtype"
+        raise ValueError(f"varlen_attention: {shapes}; expected {expected}")
+    if cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.shape[0] == 0:
+        found = f"cu_seqlens_q is {list(cu_q.shape)}, cu_seqlens_k {list(cu_k.shape)}"
+        raise ValueError(f"varlen_attention: {found}; expected two lists of the same length")
+    for name, x in (("kv_lo", kv_lo), ("kv_hi", kv_hi)):
+        if x is not None:
+            require_indices("varlen_attention", **{name: x})
+            if x.shape != q.shape[:1]:
+                found = f"{name} is {list(x.shape)}"
+                raise ValueError(f"varlen_attention: {found}, expected one row of k for each query, [Tq]")
 
 
 def _bounds(Tq, cu_q, cu_k, kv_lo, kv_hi):

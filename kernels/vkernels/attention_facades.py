@@ -63,11 +63,29 @@ def _int32(*tensors):
     return [x.to(torch.int32).contiguous() for x in tensors]
 
 
+def _aligned(call):
+    """`call` with copies of those [T, H, D] whose rows or heads do not begin at multiples of the 16 bytes it loads."""
+
+    @functools.wraps(call)
+    def loadable(*args):
+        return call(*(x if _begins_at_16_bytes(x) else x.clone(memory_format=torch.contiguous_format) for x in args))
+
+    return loadable
+
+
+def _begins_at_16_bytes(x) -> bool:
+    if not isinstance(x, torch.Tensor) or x.dim() != 3:
+        return True
+    places = x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
+    return x.stride(2) == 1 and not any(place % 16 for place in places)
+
+
 def _signed(lse):
     """Flash attention 2 gives +inf for a row without keys, we -inf; it reads both as nothing seen."""
     return lse.masked_fill(lse == math.inf, -math.inf)
 
 
+@_aligned
 def flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     """The operators under torch.nn.attention.varlen, which has no backward of its own to call."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -76,6 +94,7 @@ def flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles)
     return out, _signed(lse)
 
 
+@_aligned
 def flash_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     seed, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     lse = lse.masked_fill(lse == -math.inf, math.inf)
@@ -85,6 +104,7 @@ def flash_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi
     return tuple(g.contiguous() for g in grads)
 
 
+@_aligned
 def cudnn_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # it computes the offsets of documents from cu_seqlens
     out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
@@ -93,6 +113,7 @@ def cudnn_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles)
     return out, lse.view(q.shape[0], q.shape[1]).t().contiguous()
 
 
+@_aligned
 def flash2_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     out, lse, *_ = _module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
         q, k, v, *_int32(cu_q, cu_k), max_q, max_k, 0.0, scale, True
@@ -100,6 +121,7 @@ def flash2_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles
     return out, _signed(lse)
 
 
+@_aligned
 def flash2_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     lse = lse.masked_fill(lse == -math.inf, math.inf)
@@ -111,6 +133,7 @@ def flash2_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_h
     return tuple(grads)
 
 
+@_aligned
 def flash3_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     cu_q, cu_k = _int32(cu_q, cu_k)
     out, lse, *_ = _module("flash_attn_interface")._flash_attn_forward(
@@ -120,6 +143,7 @@ def flash3_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles
     return out, _signed(lse)
 
 
+@_aligned
 def flash3_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     _module("flash_attn_interface")._flash_attn_backward(
@@ -129,6 +153,7 @@ def flash3_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_h
     return tuple(grads)
 
 
+@_aligned
 def flash4_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     cu_q, cu_k = _int32(cu_q, cu_k)
     out, lse, *_ = _module("flash_attn.cute.interface")._flash_attn_fwd(
@@ -138,6 +163,7 @@ def flash4_forward(q, k, v, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles
     return out, _signed(lse)
 
 
+@_aligned
 def flash4_backward(do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, kv_lo, kv_hi, scale, tiles):
     cu_q, cu_k = _int32(cu_q, cu_k)
     return _module("flash_attn.cute.interface")._flash_attn_bwd(

@@ -9,12 +9,14 @@ Held from the forward to the backward pass: the gradients in float32, 4 (T C + V
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from vkernels import head
+from vkernels.arguments import require_floats, require_indices, require_separate
 from vkernels.registry import (
     Backend,
     accumulate_dtype,
@@ -63,7 +65,7 @@ def linear_cross_entropy(
     Entry i holds the loss and the weight of the rows whose label lies in [bases[i], bases[i] + sizes[i]); other labels
     (negative, or in no range) are ignored. row_weight float32[T] multiplies each row's loss and count (default 1); a
     row of weight 0 adds exactly 0, whatever it holds. `sum` is differentiable in h and weights (of one dtype with h);
-    entry-wise, with any factors. float64 tensors give float64 sums.
+    entry-wise, with any factors; row_weight gets no gradient. float64 tensors give float64 sums.
 
     row_class int[T] restricts the softmax of a row to range row_class[t]; a negative one leaves it whole. A label
     outside its row's class costs infinity. The products are made with all ranges all the same; not so with
@@ -77,29 +79,49 @@ def linear_cross_entropy(
     joint: sum and count are scalars, over all ranges, and the gradients cost less (see the head of this file).
     metrics: -> (sum, count, RangeMetrics).
     """
-    check("linear_cross_entropy", h, weights, bases, sizes, row_class, rows, class_cu, softcap)
+    check("linear_cross_entropy", h, weights, bases, labels, sizes, row_class, rows, class_cu, softcap)
+    if row_weight is not None:
+        require_floats("linear_cross_entropy", row_weight=row_weight)
+        if row_weight.shape != labels.shape:
+            found = f"row_weight is {list(row_weight.shape)}"
+            raise ValueError(f"linear_cross_entropy: {found}, expected {list(labels.shape)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"linear_cross_entropy: label_smoothing {label_smoothing}, expected one in [0, 1)")
     options = rows, None if class_cu is None else list(class_cu), z_loss, label_smoothing, softcap, joint, metrics
     lists = list(weights), list(bases), labels, list(sizes)
+    row_weight = None if row_weight is None else row_weight.detach()
     total, count, table = _op(h, *lists, row_weight, row_class, *options, [])[:3]
     return (total, count, RangeMetrics(*table.unbind())) if metrics else (total, count)
 
 
-def check(op, h, weights, bases, sizes, row_class, rows, class_cu, softcap) -> None:
+def check(op, h, weights, bases, labels, sizes, row_class, rows, class_cu, softcap) -> None:
     """What both ops over the output head ask of their arguments."""
+    require_floats(op, h=h, weights=list(weights))
+    if h.dim() != 2:
+        raise ValueError(f"{op}: h {list(h.shape)}, expected [T, C]; flatten a batch first")
     if not len(weights) == len(bases) == len(sizes) or not weights:
         found = f"{len(weights)} weights, {len(bases)} bases, {len(sizes)} sizes"
         raise ValueError(f"{op}: {found}; expected as many of each, and at least one")
     for i, (w, size) in enumerate(zip(weights, sizes)):
-        if w.shape[1] != h.shape[1] or w.shape[0] < size:
+        if w.dim() != 2 or w.shape[1] != h.shape[1] or not 0 <= size <= w.shape[0]:
             raise ValueError(f"{op}: weights[{i}] is {list(w.shape)}, expected [>= {size}, {h.shape[1]}]")
         if w.dtype != h.dtype:
             raise ValueError(f"{op}: weights[{i}] is {w.dtype}, expected {h.dtype} as h")
+        if w.device != h.device:
+            raise ValueError(f"{op}: weights[{i}] is on {w.device}, expected {h.device} as h")
+    require_separate(op, bases, sizes)
+    require_indices(op, labels=labels)
+    if row_class is not None:
+        require_indices(op, row_class=row_class)
+    for name, x in (("labels", labels), ("row_class", row_class)):
+        if x is not None and x.shape != h.shape[:1]:
+            raise ValueError(f"{op}: {name} is {list(x.shape)}, expected [{h.shape[0]}], one for each row of h")
     if (rows is None) != (class_cu is None) or (rows is not None and row_class is not None):
         raise ValueError(f"{op}: expected rows with class_cu, or row_class, or neither")
     if class_cu is not None:
-        if len(class_cu) - len(sizes) not in (1, 2) or list(class_cu) != sorted(class_cu) or class_cu[0] != 0:
+        require_indices(op, rows=rows)
+        falls = any(end < begin for begin, end in pairwise(class_cu))
+        if len(class_cu) - len(sizes) not in (1, 2) or falls or class_cu[0] != 0:
             found = f"class_cu {list(class_cu)}"
             raise ValueError(f"{op}: {found}, expected the ends of {len(sizes)} or one more groups from 0 on")
         if class_cu[-1] > rows.shape[0]:
@@ -210,7 +232,7 @@ def _fake_backward(dsum, h, weights, bases, labels, sizes, row_weight, row_class
 
 _ARGUMENTS = (
     "Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_weight, Tensor? row_class,"
-    " Tensor? rows, int[]? class_cu, float z_loss, float label_smoothing, float softcap"
+    " Tensor? rows, SymInt[]? class_cu, float z_loss, float label_smoothing, float softcap"
 )
 _op = define(
     "linear_cross_entropy",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from vkernels.registry import current
+
 PATH = Path(__file__).parent / "_cuda.so"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` in csrc/cuda
 
@@ -44,19 +46,22 @@ def on_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs only, the tensors are on {device.type}"
     try:
-        error = library().vk_ready(device.index or 0)
+        found = library()
     except (OSError, ImportError) as e:
         return f"no library of CUDA kernels: {e}"
-    return library().vk_error(error).decode() if error else None
+    with current(device):  # which vk_ready would leave changed
+        error = found.vk_ready(device.index or 0)
+    return found.vk_error(error).decode() if error else None
 
 
-def call(function: str, parameters: ctypes.Structure, stream: int) -> None:
-    """Launch `function` of the library on the stream. RuntimeError with CUDA's reason if it cannot be launched."""
-    error = getattr(library(), function)(ctypes.byref(parameters), stream)
+def call(function: str, parameters: ctypes.Structure, device: torch.device) -> None:
+    """Launch `function` of the library on the device's stream. RuntimeError with CUDA's reason if it cannot be."""
+    with current(device):
+        error = getattr(library(), function)(ctypes.byref(parameters), _stream(device))
     if error:
         raise RuntimeError(f"vkernels: {function}: {library().vk_error(error).decode()}")
 
 
-def stream(device: torch.device) -> int:
+def _stream(device: torch.device) -> int:
     """The address of torch's current stream on the device."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
+from vkernels.arguments import require_floats
 from vkernels.registry import Backend, accumulate_dtype, anywhere, define, jit, on_cpu
 
 
@@ -36,6 +38,7 @@ def decode_attention(
 
 
 def _check(q, k_new, v_new, k_cache, v_cache, length, start) -> None:
+    require_floats("decode_attention", q=q, k_new=k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache)
     if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"decode_attention: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; "
@@ -90,32 +93,44 @@ def _forward(q, k, v, k_cache, v_cache, length, start, scale):
 
 def _cpu_forward(q, k, v, k_cache, v_cache, length, start, scale):
     B, L, Hk, D = k_cache.shape
-    lengths = length.expand(B).tolist()
+    if not B:
+        return torch.empty_like(q)
+    lengths = length.tolist() if length.dim() else [int(length)] * B
     starts = [0] * B if start is None else start.tolist()
     for b, (lo, at) in enumerate(zip(starts, lengths)):
         if not 0 <= lo <= at < L:
             raise ValueError(
                 f"decode_attention: row {b} starts at {lo} and has length {at}; expected 0 <= start <= length < {L}"
             )
-    _append(k, v, k_cache, v_cache, length.long().expand(B))
+    lo, at = min(starts), max(lengths)
+    one_column = min(lengths) == at
+    if one_column:
+        k_cache[:, at], v_cache[:, at] = k, v  # a third of the time of indices
+    else:
+        _append(k, v, k_cache, v_cache, length.long())
     # The query heads that share a key head stand as rows of one attention: no key is repeated.
     grouped = q.reshape(B, Hk, q.shape[1] // Hk, D)
-    bounds = list(zip(starts, lengths))
-    if len(set(bounds)) > 1:
-        lo, hi = min(starts), max(lengths) + 1
-        column = torch.arange(lo, hi)
-        mask = (column >= torch.tensor(starts)[:, None]) & (column <= torch.tensor(lengths)[:, None])
-        out = _attend(grouped, k_cache[:, lo:hi], v_cache[:, lo:hi], scale, mask[:, None, None])
-        if not out.isnan().any():
-            return out.reshape(q.shape)
-    # Neighbours with the same columns go together, cut to these: no mask. With several such runs only where a NaN of
-    # some masked column came through the mask (as 0 * NaN).
-    out = []
-    for (lo, at), run in groupby(range(B), bounds.__getitem__):
+    keys, values = k_cache[:, lo : at + 1], v_cache[:, lo : at + 1]
+    if one_column and max(starts) == lo:
+        return _attend(grouped, keys, values, scale).reshape(q.shape)
+    column = torch.arange(lo, at + 1)
+    mask = column <= length.expand(B)[:, None]
+    if start is not None:
+        mask &= column >= start[:, None]
+    out = _attend(grouped, keys, values, scale, mask[:, None, None])
+    if not math.isnan(out.sum()):
+        return out.reshape(q.shape)
+    return torch.cat(list(_by_runs(grouped, k_cache, v_cache, scale, starts, lengths))).reshape(q.shape)
+
+
+def _by_runs(q, k_cache, v_cache, scale, starts, lengths):
+    """Without a mask, through which a NaN of a masked column comes (as 0 * NaN): neighbours with the same columns go
+    together, cut to these.
+    """
+    for (lo, at), run in groupby(range(len(starts)), list(zip(starts, lengths)).__getitem__):
         run = list(run)
         rows, columns = slice(run[0], run[-1] + 1), slice(lo, at + 1)
-        out.append(_attend(grouped[rows], k_cache[rows, columns], v_cache[rows, columns], scale))
-    return torch.cat(out).reshape(q.shape) if B else torch.empty_like(q)
+        yield _attend(q[rows], k_cache[rows, columns], v_cache[rows, columns], scale)
 
 
 def _attend(q, k, v, scale, mask=None):

@@ -7,7 +7,6 @@ terms (positions, modalities) and slots bring their own. Tables are never joined
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.arguments import require_floats, require_indices, require_separate
 from vkernels.host import to_numpy
 from vkernels.registry import (
     Backend,
@@ -107,6 +107,8 @@ def embed_order(
     after term. The shapes follow from T, the sizes and the number of terms alone.
     """
     vectors = [ids, *(index for index, _ in terms)]
+    require_indices("embed_order", ids=vectors)
+    require_separate("embed_order", bases, sizes)
     if any(v.dim() != 1 or v.shape != ids.shape or v.device.type != "cpu" for v in vectors):
         raise ValueError(f"embed_order: found {[(*v.shape, str(v.device)) for v in vectors]}; expected [T] on the CPU")
     which = [0] * len(bases) + list(range(1, len(vectors)))
@@ -119,6 +121,7 @@ def _check_tables(tables, bases, sizes, weights, biases) -> None:
     if not len(tables) == len(bases) == len(sizes) == len(weights) or not tables:
         found = f"{len(tables)} tables, {len(bases)} bases, {len(sizes)} sizes, {len(weights)} projections"
         raise ValueError(f"embed: {found}; expected as many of each, and at least one")
+    require_floats("embed", tables=tables)
     C, dtype = _columns(tables, weights), tables[0].dtype
     for i, (table, size, weight, bias) in enumerate(zip(tables, sizes, weights, biases)):
         width = C if weight is None else weight.shape[-1]
@@ -128,14 +131,13 @@ def _check_tables(tables, bases, sizes, weights, biases) -> None:
         for kind, x, shape in (("projection", weight, (C, width)), ("bias", bias, (C,))):
             if x is not None and (x.dtype != dtype or x.shape != shape):
                 raise ValueError(f"embed: {kind} {i} is {x.dtype}{list(x.shape)}; expected {dtype}{list(shape)}")
-    ranges = sorted((base, base + size) for base, size in zip(bases, sizes) if size)
-    for (begin, end), (following, _) in pairwise(ranges):
-        if end > following:
-            found = f"the ranges [{begin}, {end}) and from {following} on overlap"
-            raise ValueError(f"embed: {found}; expected each id in at most one")
+    require_separate("embed", bases, sizes)
 
 
 def _check_additions(ids, C, dtype, terms, slots, order) -> None:
+    require_indices("embed", ids=ids)
+    if ids.dim() != 1:
+        raise ValueError(f"embed: ids {list(ids.shape)}, expected [T]; flatten a batch first")
     for i, (index, table) in enumerate(terms):
         if index.shape != ids.shape or table.dim() != 2 or table.shape[1] != C or table.dtype != dtype:
             found = f"index {list(index.shape)}, table {table.dtype}{list(table.shape)}"
@@ -245,7 +247,7 @@ def _fake_forward(ids, tables, bases, sizes, indices, which, slots, weights, bia
 
 _op = define(
     "embed",
-    "(Tensor ids, Tensor[] tables, int[] bases, int[] sizes, Tensor[] indices, int[] which, int slots,"
+    "(Tensor ids, Tensor[] tables, int[] bases, SymInt[] sizes, Tensor[] indices, int[] which, int slots,"
     " Tensor?[] weights, Tensor?[] biases, Tensor[] order) -> Tensor",
     fake=_fake_forward,
     cpu=Backend(_cpu_forward, _cpu_backward, on_cpu),
@@ -254,7 +256,8 @@ _op = define(
 )
 _backward_op = define_backward(
     "embed",
-    "(Tensor dy, Tensor ids, int[] bases, int[] sizes, Tensor[] indices, int[] which, int[] rows, Tensor[] order)"
+    "(Tensor dy, Tensor ids, int[] bases, SymInt[] sizes, Tensor[] indices, int[] which, SymInt[] rows,"
+    " Tensor[] order)"
     " -> Tensor[]",
     fake=lambda dy, ids, bases, sizes, indices, which, rows, order: [dy.new_empty(n, dy.shape[1]) for n in rows],
 )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from vkernels.arguments import require_floats, require_indices
 from vkernels.registry import (
     Backend,
     accumulate_dtype,
@@ -33,23 +34,25 @@ def fsq_quantize(z: torch.Tensor, levels: Sequence[int]) -> tuple[torch.Tensor, 
     rounding passes it unchanged, the tanh does not. Computed in float32: the same as in float64 unless y lies within
     2e-7 * L of the middle between two levels.
     """
-    return _quantize(z, _checked(levels, z.shape[-1]))
+    require_floats("fsq_quantize", z=z)
+    return _quantize(z, _checked("fsq_quantize", levels, z.shape[-1]))
 
 
 def fsq_dequantize(ids: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
     """ids int[...] -> codes float32[..., d], the inverse of `fsq_quantize`'s ids."""
-    return _dequantize(ids, _checked(levels, len(levels)))
+    require_indices("fsq_dequantize", ids=ids)
+    return _dequantize(ids, _checked("fsq_dequantize", levels, len(levels)))
 
 
-def _checked(levels, d):
+def _checked(op, levels, d):
     levels = list(levels)
     size = 1
     for L in levels:
         size *= L
     # Beyond 1000 levels the widened bound would reach half a step past the outer ones.
-    if len(levels) != d or not all(2 <= L <= 1000 for L in levels) or size >= 2**31:
+    if not 0 < d == len(levels) or not all(2 <= L <= 1000 for L in levels) or size >= 2**31:
         raise ValueError(
-            f"fsq: levels {levels} for {d} channels; expected {d} integers in 2..1000 with a product < 2**31"
+            f"{op}: levels {levels} for {d} channels; expected {d} integers in 2..1000 with a product < 2**31"
         )
     return levels
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -16,7 +18,7 @@ def to_numpy(x: torch.Tensor):
 
 def flat_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [N, C] with the elements of a row side by side; rows may be apart. A view where possible."""
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

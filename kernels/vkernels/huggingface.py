@@ -37,6 +37,8 @@ def patch(model: nn.Module, parts: Collection[str] = ("norm", "mlp", "rotary", "
     lm_head on its own. ValueError for another class of model, or one that is patched already.
     """
     modeling, family = _modeling_of(model)
+    if isinstance(parts, str):
+        raise ValueError(f"vkernels.patch: parts is the text {parts!r}, expected a list such as [{parts!r}]")
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ValueError(f"vkernels.patch: parts {unknown}, expected some of {list(PARTS)}")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from vkernels.arguments import require_floats, require_indices
 from vkernels.registry import Backend, accumulate_dtype, anywhere, below_autograd, define, define_autograd, jit
 
 _LEAST = 1e-30  # of a probability under the logarithm: its slope there stays finite
@@ -16,6 +17,7 @@ def lfq_quantize(z: torch.Tensor, *, scale: float = 1.0) -> tuple[torch.Tensor, 
 
     Channel i is bit i of the id. The gradient of the codes passes straight to z.
     """
+    require_floats("lfq_quantize", z=z)
     if z.dim() == 0 or not 1 <= z.shape[-1] <= 31:
         raise ValueError(f"lfq_quantize: z {list(z.shape)}; expected 1 to 31 channels in the last dimension")
     return _op(z, scale)
@@ -23,6 +25,9 @@ def lfq_quantize(z: torch.Tensor, *, scale: float = 1.0) -> tuple[torch.Tensor, 
 
 def lfq_dequantize(ids: torch.Tensor, dim: int, *, scale: float = 1.0) -> torch.Tensor:
     """ids int[...] -> codes float32[..., dim], the inverse of `lfq_quantize`'s ids."""
+    require_indices("lfq_dequantize", ids=ids)
+    if not 1 <= dim <= 31:
+        raise ValueError(f"lfq_dequantize: dim {dim}, expected 1 to 31")
     bits = (ids.unsqueeze(-1) >> torch.arange(dim, device=ids.device, dtype=ids.dtype)) & 1
     return torch.where(bits == 1, scale, -scale).float()
 
@@ -37,8 +42,11 @@ def lfq_entropy(
     that of the mean over rows, which does not factorise; it is taken of `groups` groups of d / groups neighbouring
     bits each and summed: an upper bound, exact for one group. Memory is N * 2^(d/groups/2 + 1) + groups * 2^(d/groups).
     """
+    require_floats("lfq_entropy", z=z)
     d = z.shape[-1]
-    if groups < 1 or d % groups:
+    if not temperature > 0:
+        raise ValueError(f"lfq_entropy: temperature {temperature}, expected a positive one")
+    if groups < 1 or not d or d % groups:
         raise ValueError(f"lfq_entropy: {groups} groups of {d} channels; expected a number that divides them")
     logits = z.to(accumulate_dtype(z.dtype)) * (4 * scale / temperature)
     on, off = torch.sigmoid(logits), torch.sigmoid(-logits)

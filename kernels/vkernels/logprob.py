@@ -48,7 +48,7 @@ def linear_logprob(
     entropy: -> (logprob, entropy float32[T] of the distribution that the row's label is drawn from, 0 likewise).
     Both are differentiable in h and weights; a row whose gradients are 0 adds exactly 0, whatever it holds.
     """
-    check("linear_logprob", h, weights, bases, sizes, row_class, rows, class_cu, softcap)
+    check("linear_logprob", h, weights, bases, labels, sizes, row_class, rows, class_cu, softcap)
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature {temperature}, expected a positive one")
     lists = list(weights), list(bases), labels, list(sizes)
@@ -107,7 +107,7 @@ def _fake_backward(dlogprob, dentropy, h, weights, *rest):
 
 _ARGUMENTS = (
     "Tensor h, Tensor[] weights, int[] bases, Tensor labels, int[] sizes, Tensor? row_class, Tensor? rows,"
-    " int[]? class_cu, float temperature, float softcap"
+    " SymInt[]? class_cu, float temperature, float softcap"
 )
 _op = define(
     "linear_logprob",

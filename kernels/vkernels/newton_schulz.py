@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from vkernels.arguments import require_floats
 from vkernels.registry import Backend, accumulate_dtype, anywhere, define, jit
 
 MUON = (3.4445, -4.7750, 2.0315)
@@ -29,8 +30,12 @@ def newton_schulz(
     one shape go together as a batch. dtype: of the products, which accumulate in float32. Not differentiable.
     Five steps of the default coefficients bring singular values of 0.002 |g| and more into [0.68, 1.21].
     """
-    if g.dim() < 2 or not g.is_floating_point():
-        raise ValueError(f"vkernels.newton_schulz: g is {g.dtype} {tuple(g.shape)}, expected floats [..., m, n]")
+    require_floats("newton_schulz", g=g)
+    if g.dim() < 2:
+        raise ValueError(f"newton_schulz: g is {list(g.shape)}, expected [..., m, n]")
+    if steps < 0 or len(coefficients) != 3 or not dtype.is_floating_point:
+        found = f"steps {steps}, coefficients {coefficients}, dtype {dtype}"
+        raise ValueError(f"newton_schulz: {found}; expected steps >= 0, three coefficients, a float dtype")
     return _op(g, steps, *map(float, coefficients), eps, dtype)
 
 

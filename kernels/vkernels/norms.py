@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.arguments import require_floats
 from vkernels.host import flat_rows, to_numpy
 from vkernels.registry import (
     Backend,
@@ -37,6 +38,7 @@ def add_rms_norm(
     x and residual are one tensor.
     """
     _check("add_rms_norm", x, weight=weight)
+    require_floats("add_rms_norm", residual=residual)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
             f"add_rms_norm: residual {list(residual.shape)} {residual.dtype}, expected x's {list(x.shape)} {x.dtype}"
@@ -51,6 +53,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 def _check(op: str, x: torch.Tensor, **parameters: torch.Tensor) -> None:
+    require_floats(op, x=x, **parameters)
     for name, p in parameters.items():
         if p.shape != x.shape[-1:]:
             raise ValueError(f"{op}: {name} {list(p.shape)}, expected {list(x.shape[-1:])} as the last of x has")

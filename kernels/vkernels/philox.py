@@ -21,3 +21,9 @@ def philox(seed: int, counter: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ..
         a, b, c, d = ((y >> 32) & LOW) ^ b ^ k, y & LOW, ((x >> 32) & LOW) ^ d ^ l, x & LOW
         k, l = (k + 0x9E3779B9) & LOW, (l + 0xBB67AE85) & LOW
     return a, b, c, d
+
+
+def signed(word: int) -> int:
+    """The int64 with the bits of the lowest 64 of `word`: how a seed goes through an op."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word

@@ -6,6 +6,7 @@ this table for the backend of the device at hand. Backends of one op save the sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -86,13 +87,17 @@ def _on_device(module: str, name: str) -> Callable:
 
     def call(*args):
         launch = getattr(importlib.import_module(f"vkernels.jit.{module}"), name)
-        device = _device_of(args)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return launch(*args)
-        return launch(*args)
+        with current(_device_of(args)):
+            return launch(*args)
 
     return call
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which `device` is the one that launches go to."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def define(
@@ -144,6 +149,7 @@ def _define(name: str, schema: str, fake: Callable, implementation: Callable) ->
     written = [i for i, a in enumerate(raw._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def run(*args):
+        _require_one_device(raw, args)
         # An op computes in the dtypes that it tells of, whatever products outside of it are cast to.
         with torch._C._DisableAutocast():
             result = implementation(*args)
@@ -154,6 +160,15 @@ def _define(name: str, schema: str, fake: Callable, implementation: Callable) ->
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vkernels::{name}", fake, lib=library)
     return raw
+
+
+def _require_one_device(raw: Callable, args: Sequence) -> None:
+    """ValueError unless all tensors are where the first is; those in lists are each op's own to check."""
+    device = _device_of(args)
+    for i, a in enumerate(args):
+        if isinstance(a, torch.Tensor) and a.device != device:
+            name, found = raw._schema.arguments[i].name, f"is on {a.device}"
+            raise ValueError(f"{raw._schema.name.replace('::', '.')}: {name} {found}, expected {device} as the others")
 
 
 def _tensors(args: Sequence) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.arguments import require_floats
 from vkernels.host import dense_heads, to_numpy
 from vkernels.norms import rms_backward
 from vkernels.registry import (
@@ -47,6 +48,7 @@ def qk_norm_rope(
     Every head of q[T, Hq, D] and k[T, Hk, D] is normed on its own, in float32, and rounded once, after the rotation.
     """
     _check("qk_norm_rope", q, k, cos, sin)
+    require_floats("qk_norm_rope", q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != q.shape[-1:]:
             raise ValueError(f"qk_norm_rope: {name} {list(weight.shape)}, expected {list(q.shape[-1:])}")
@@ -54,6 +56,7 @@ def qk_norm_rope(
 
 
 def _check(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    require_floats(op, q=q, k=k, cos=cos, sin=sin)
     if q.dim() != 3 or k.dim() != 3 or q.shape[::2] != k.shape[::2] or q.shape[2] % 2:
         raise ValueError(f"{op}: q {list(q.shape)}, k {list(k.shape)}, expected [T, Hq, D] and [T, Hk, D] with D even")
     tables = (q.shape[0], q.shape[2] // 2)

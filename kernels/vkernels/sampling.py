@@ -13,7 +13,7 @@ import torch
 
 from vkernels import _host, cuda
 from vkernels.host import to_numpy
-from vkernels.philox import LOW, philox
+from vkernels.philox import LOW, philox, signed
 from vkernels.registry import Backend, anywhere, define, on_cpu
 
 ONE = 1 << 40  # the weight of the likeliest token
@@ -71,7 +71,7 @@ def sample_logits(
         raise ValueError(f"sample_logits: operands on {sorted(map(str, devices))}; expected one device")
     ids, logprob = _op(
         logits.detach(), uncond.detach() if guidance != 1 else None, seen if penalty != 1 else None, step, keys,
-        _signed(seed), guidance, penalty, temperature, min(top_k, hi - lo), top_p, lo, hi,
+        signed(seed), guidance, penalty, temperature, min(top_k, hi - lo), top_p, lo, hi,
     )  # fmt: skip
     return (ids, logprob) if return_logprob else ids
 
@@ -104,11 +104,6 @@ def _check(logits, uncond, seen, keys, guidance, penalty, temperature, top_k, to
             raise ValueError(f"sample_logits: no {name}; expected it with guidance {guidance} and penalty {penalty}")
         if x is not None and (tuple(x.shape) != shape or x.dtype != dtype):
             raise ValueError(f"sample_logits: {name} is {x.dtype} {tuple(x.shape)}; expected {dtype} {list(shape)}")
-
-
-def _signed(word: int) -> int:
-    word &= (1 << 64) - 1
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _float32(x: float) -> float:
@@ -222,7 +217,7 @@ def _cuda_forward(logits, uncond, seen, step, keys, seed, guidance, penalty, tem
             seed, top_p, guidance, penalty, 1 / penalty, 1 / temperature if temperature > 0 else 1.0,
             R, lo, hi, top_k, cuda.TYPES[logits.dtype], temperature == 0, device.index or 0,
         )  # fmt: skip
-        cuda.call("vk_sample", parameters, cuda.stream(device))
+        cuda.call("vk_sample", parameters, device)
     return ids, logprob
 
 

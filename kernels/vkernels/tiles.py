@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from vkernels import _host
+from vkernels.arguments import require_indices
 from vkernels.host import to_numpy
 
 BLOCK_Q = 128  # a tile of 128 x 128 is what two warpgroups multiply at a time
@@ -80,6 +81,7 @@ def require_fitting(tiles: torch.Tensor, device: torch.device, Tq: int, Tk: int,
 
 
 def _int32(x: torch.Tensor, name: str) -> torch.Tensor:
+    require_indices("attention_tiles", **{name: x})
     if x.device.type != "cpu" or x.dim() != 1:
         raise ValueError(f"attention_tiles: {name} is {list(x.shape)} on {x.device}, expected one dimension on cpu")
     return x.detach().to(torch.int32).contiguous()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from vkernels.arguments import require_floats, require_indices
 from vkernels.registry import Backend, accumulate_dtype, anywhere, define, jit
 from vkernels.segments import Segments, destinations, sort_segments
 
@@ -35,6 +36,10 @@ def embed_touched(
     backward pass of the model x.grad is dy. order: `embed_order(ids, [base], [size])`, else the ids are sorted here.
     The same bits as the rows of `embed`'s own gradient in float32. No sync.
     """
+    require_floats("embed_touched", dy=dy)
+    require_indices("embed_touched", ids=ids)
+    if size < 0:
+        raise ValueError(f"embed_touched: size {size}, expected a number of rows")
     if ids.dim() != 1 or dy.shape[:1] != ids.shape or dy.dim() != 2:
         raise ValueError(f"embed_touched: dy is {list(dy.shape)}, ids {list(ids.shape)}; expected [T, C] and [T]")
     if order is not None and (order.order.shape[0], order.rows.shape[0]) != (len(ids), min(len(ids), size)):
@@ -67,6 +72,7 @@ def lazy_adamw_rows(
     moments would decay, it would go on moving by its momentum, and it would be shrunk by the weight decay; so rare rows
     move less here, and their second moment remembers for longer. A row that every step touches gets the same updates.
     """
+    require_floats("lazy_adamw_rows", param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     for name, x in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("param", param)):
         if x.dtype != torch.float32 or not x.is_contiguous() or x.shape != param.shape or x.dim() != 2:
             found = f"{x.dtype}{list(x.shape)}"

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from vkernels import _host
+from vkernels.arguments import require_floats, require_indices
 from vkernels.host import to_numpy
 from vkernels.registry import (
     Backend,
@@ -25,13 +26,11 @@ _CHUNK_SCORES = 16 << 20  # scores of one block: 64 MB in float32
 def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
     """The index of the code nearest to each row. x[N, D], codebook[K, D] -> int32[N]; ties give the lowest index.
 
-    On the CPU by float64. On a GPU, where several codes come that near, the squared distance may exceed the least one by
+    On the CPU by float64. On a GPU, where several codes come that near, the squared distance may exceed the least by
     2e-6 of |x|^2 + max |e|^2; not exact: by 1e-3 of that, from one product of values rounded to 11 bits instead of
     three. Codes wider than 256 are as exact there as torch's float32 products. Memory is O(N + K).
     """
-    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
-        found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"
-        raise ValueError(f"vq_nearest: {found}; expected [N, D] and [K, D] with K, D > 0")
+    _check_codebook("vq_nearest", x, codebook)
     return _nearest(x, codebook, exact)
 
 
@@ -44,11 +43,9 @@ def vq_straight_through(
     x only: the codebook follows by `vq_ema_update`, which may run before the backward pass. Rows with an id outside the
     codebook are zero, without commitment.
     """
+    _check_codebook("vq_straight_through", x, codebook)
     if codebook.requires_grad:
         raise ValueError("vq_straight_through: the codebook requires a gradient; expected one that vq_ema_update moves")
-    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
-        found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"
-        raise ValueError(f"vq_straight_through: {found}; expected [N, D] and [K, D] with K, D > 0")
     _check_ids("vq_straight_through", x, ids)
     return _straight_through(x, codebook, ids, beta)
 
@@ -58,7 +55,10 @@ def vq_code_sums(x: torch.Tensor, ids: torch.Tensor, num_codes: int) -> tuple[to
 
     Rows with an id outside 0..K-1 are left out.
     """
+    require_floats("vq_code_sums", x=x)
     _check_ids("vq_code_sums", x, ids)
+    if num_codes < 1:
+        raise ValueError(f"vq_code_sums: num_codes {num_codes}, expected a positive one")
     return _code_sums(x, ids, num_codes)
 
 
@@ -78,6 +78,8 @@ def vq_ema_update(
     """
     state = {"cluster_size": cluster_size, "embed_sum": embed_sum, "counts": counts, "sums": sums}
     _check_state("vq_ema_update", codebook, state)
+    if not (0 <= decay <= 1 and eps >= 0):
+        raise ValueError(f"vq_ema_update: decay {decay}, eps {eps}; expected one in [0, 1] and one of at least 0")
     _ema_update(cluster_size, embed_sum, codebook, counts, sums, decay, eps)
 
 
@@ -97,6 +99,7 @@ def vq_reset_codes(
     """
     state = {"cluster_size": cluster_size, "embed_sum": embed_sum, "dead": dead}
     _check_state("vq_reset_codes", codebook, state)
+    require_floats("vq_reset_codes", rows=rows)
     if rows.dim() != 2 or rows.shape[1] != codebook.shape[1]:
         raise ValueError(f"vq_reset_codes: rows {list(rows.shape)}; expected [R, {codebook.shape[1]}]")
     if available is None:
@@ -109,11 +112,21 @@ def vq_usage(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Both stay on the device; used / K is the share of the codebook in use.
     """
+    if not isinstance(counts, torch.Tensor) or counts.dim() != 1 or counts.is_complex():
+        raise ValueError(f"vq_usage: counts {getattr(counts, 'shape', counts)}, expected a tensor [K] of counts")
     shares = counts / counts.sum().clamp(min=1)
     return (counts > 0).sum(), torch.special.entr(shares).sum().exp()
 
 
+def _check_codebook(op: str, x: torch.Tensor, codebook: torch.Tensor) -> None:
+    require_floats(op, x=x, codebook=codebook)
+    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
+        found = f"x {list(x.shape)} and codebook {list(codebook.shape)}"
+        raise ValueError(f"{op}: {found}; expected [N, D] and [K, D] with K, D > 0")
+
+
 def _check_ids(op: str, x: torch.Tensor, ids: torch.Tensor) -> None:
+    require_indices(op, ids=ids)
     if x.dim() != 2 or ids.shape != x.shape[:1] or ids.dtype not in (torch.int32, torch.int64):
         found = f"x {list(x.shape)} and ids {ids.dtype} {list(ids.shape)}"
         raise ValueError(f"{op}: {found}; expected [N, D] and int32 or int64 [N]")
@@ -121,7 +134,10 @@ def _check_ids(op: str, x: torch.Tensor, ids: torch.Tensor) -> None:
 
 def _check_state(op: str, codebook: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
     """Vectors of K and tables of [K, D], as `codebook` has them."""
+    require_floats(op, codebook=codebook, **{name: t for name, t in state.items() if name != "dead"})
     for name, t in state.items():
+        if name == "dead" and getattr(t, "dtype", None) != torch.bool:
+            raise ValueError(f"{op}: dead is {getattr(t, 'dtype', t)}, expected a tensor of torch.bool")
         shape = codebook.shape if name in ("embed_sum", "sums") else codebook.shape[:1]
         if codebook.dim() != 2 or t.shape != shape:
             raise ValueError(f"{op}: {name} {list(t.shape)} for a codebook {list(codebook.shape)}; expected [K, D]"

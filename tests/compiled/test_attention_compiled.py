@@ -10,14 +10,14 @@ from vkernels.tiles import WIDTH, counts
 T, S = 32768, 64
 
 
-def attend(Hq, Hk, D, dtype=torch.bfloat16, *, lo=False, hi=False, listed=True):
+def attend(Hq, Hk, D, dtype=torch.bfloat16, *, lo=False, hi=False, listed=True, documents=S):
     """Forward and backward of a packed batch of 32k tokens."""
 
     def launch():
         q, k = meta(T, Hq, D, dtype=dtype), meta(T, Hk, D, dtype=dtype)
-        cu = meta(S + 1, dtype=torch.int32)
+        cu = meta(documents + 1, dtype=torch.int32)
         kv_lo, kv_hi = (meta(T, dtype=torch.int32) if given else None for given in (lo, hi))
-        tiles = meta(1 + sum(counts(T, T, S)), WIDTH, dtype=torch.int32) if listed else None
+        tiles = meta(1 + sum(counts(T, T, documents)), WIDTH, dtype=torch.int32) if listed else None
         rest = cu, cu, T, T, kv_lo, kv_hi, D**-0.5, tiles
         out, lse = attention.forward(q, k, k, *rest)
         attention_backward.backward(out, q, k, k, out, lse, *rest)
@@ -46,3 +46,15 @@ def test_varlen_attention_otherwise():
                                "D 80": attend(16, 16, 80), "D 256": attend(8, 4, 256),
                                "D 128, float16, no list": attend(16, 8, 128, torch.float16, listed=False),
                                "D 64, float32": attend(8, 8, 64, torch.float32)})  # fmt: skip
+
+
+@pytest.mark.slow
+def test_another_number_of_documents_compiles_nothing_anew():
+    """1, 63 and 64 documents: Triton would specialise 1 and multiples of 16, and so would the number of tiles."""
+    found = []
+    for documents in (1, 63, 64):
+        with launches() as kernels:
+            attend(2, 1, 16, documents=documents, listed=False)()
+        found.append({(name, kernel.hash) for name, kernel in kernels})
+    assert len(found[0]) == 6
+    assert found[0] == found[1] == found[2]

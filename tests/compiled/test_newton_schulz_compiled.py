@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sm90 import check, meta
+from triton.runtime.jit import JITFunction
 
 from vkernels.jit.newton_schulz import symmetric_product
 
@@ -23,3 +24,10 @@ def test_newton_schulz():
 @pytest.mark.slow
 def test_float32():
     check("newton_schulz", {"float32": products(4, 2048, 8192, torch.float32)})
+
+
+def test_more_matrices_than_the_other_axes_of_a_grid_take(monkeypatch):
+    grids = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid))
+    symmetric_product(meta(70000, 100, 3), 1.0, None, 0.0)
+    assert grids == [(3 * 70000,)]

@@ -1,13 +1,17 @@
 """The CUDA kernel of sampling: run on the host thread by thread by emulate.h, and compiled for sm_90a by nvcc."""
 
+import contextlib
 import ctypes
 import math
+import mmap
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +29,7 @@ load_library = cuda.library  # some tests put another function in its place
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
-def emulated(source: Path, folder: Path) -> Path:
+def emulated(source: Path, folder: Path, *options: str) -> Path:
     """A library of the kernels in `source` that runs them on the host."""
     for header in ("cuda_runtime", "cuda_bf16", "cuda_fp16"):
         (folder / f"{header}.h").write_text('#include "emulate.h"\n')
@@ -33,7 +37,7 @@ def emulated(source: Path, folder: Path) -> Path:
     language = ["-x", "c++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     includes = [f"-I{folder}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["g++", *language, *warnings, *includes, str(source), "-o", str(library)], check=True)
+    subprocess.run(["g++", *language, *warnings, *includes, *options, str(source), "-o", str(library)], check=True)
     return library
 
 
@@ -242,6 +246,74 @@ def test_a_launch_that_fails_is_an_error(on_host, monkeypatch):
     monkeypatch.setitem(cuda.TYPES, torch.float32, 9)
     with pytest.raises(RuntimeError, match="vk_sample"):
         vkernels.sample_logits(torch.zeros(1, 4), seed=0, step=0)
+
+
+def test_a_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
+    """And the thread's own device comes back: the library sets one and leaves it so."""
+    seen, device = [], torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def device_is(device):
+        seen.append(f"to {device}")
+        yield
+        seen.append("back")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device_is)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    calls = SimpleNamespace(vk_sample=lambda parameters, stream: seen.append(f"launch on {stream}") or 0,
+                            vk_ready=lambda index: seen.append(f"ready {index}") or 0)  # fmt: skip
+    monkeypatch.setattr(cuda, "library", lambda: calls)
+    cuda.call("vk_sample", cuda.Sampling(), device)
+    assert seen == ["to cuda:1", "launch on 5", "back"]
+    seen.clear()
+    assert cuda.on_cuda.__wrapped__(device) is None
+    assert seen == ["to cuda:1", "ready 1", "back"]
+
+
+GUARDED = """
+import sys
+sys.path[:0] = [{here!r}]
+from test_sampling_cuda import *
+cuda.library = lambda found=load_library(Path({library!r})): found
+registry._table["sample_logits"]["cuda"] = registry.Backend(sampling._cuda_forward, None, registry.anywhere)
+sampling._fake = lambda logits: tuple(guarded(torch.zeros(len(logits), dtype=t)) for t in (torch.int64, torch.float32))
+vkernels.force("sample_logits", "cuda")
+torch.manual_seed(0)
+for columns in (1, 31, 33, 1025, 4100):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, uncond = (guarded((3 * torch.randn(2, columns)).to(dtype)) for _ in range(2))
+        step, keys = guarded(torch.tensor([3])).view(()), guarded(torch.tensor([4, 5]))
+        seen = guarded(torch.rand(2, columns) < 0.3)
+        for setting in SETTINGS:
+            if setting.get("lo", 0) < columns:
+                vkernels.sample_logits(logits, uncond=uncond, seen=seen, seed=1, step=step, keys=keys, **setting)
+        logits[0] = float("nan")
+        vkernels.sample_logits(logits, seed=1, step=step)
+if {outside}:
+    sampling._cuda_forward(logits, None, None, step, None, 1, 1.0, 1.0, 1.0, 0, 1.0, 0, columns + 1)
+"""
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x right before a page that nobody may touch."""
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE) + 1
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    last = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (pages - 1) * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(last), mmap.PAGESIZE, 0) == 0
+    offset = (pages - 1) * mmap.PAGESIZE - size
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outside", [False, True])
+def test_no_access_outside_of_a_buffer(tmp_path, outside):
+    """Undefined behaviour and indices of arrays are checked by the compiler, buffers by pages behind them."""
+    checks = ["-g", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan"]
+    code = GUARDED.format(here=str(HERE), library=str(emulated(SOURCE, tmp_path, *checks)), outside=outside)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGSEGV if outside else 0), done.stderr
 
 
 @needs_nvcc

@@ -10,7 +10,7 @@ from vtrain.batch import Document, PackedBatch
 from vtrain.dist.fsdp import shard
 from vtrain.dist.mesh import world
 from vtrain.generate.engine import generate
-from vtrain.generate.sampler import Sampling, noise_keys, sample_token
+from vtrain.generate.sampler import Sampling, key_rows, sample_token
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.objectives.next_token import NextToken
 from vtrain.train.tasks.root import Root
@@ -42,10 +42,10 @@ def slow_generate(decoder, prompt, uncond, key, steps, sampling, vocab_range) ->
 
     base = 0 if vocab_range is None else VOCAB[vocab_range].base
     new = []
-    for step_keys in noise_keys(sampling.seed, [key], steps):
+    for step in range(steps):
         cond = next_logits([*prompt, *new])
         other = next_logits([*uncond, *new]) if sampling.guided else None
-        token, _ = sample_token(cond, other, step_keys, sampling)
+        token, _ = sample_token(cond, other, key_rows([key]), step, sampling)
         new.append(base + int(token))
     return new
 

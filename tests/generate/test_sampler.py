@@ -1,4 +1,4 @@
-"""The sampler against slow references: exact order of operations, exact distribution, independence from the batch."""
+"""The sampler against a slow reference: exact order of operations, exact distribution, independence from the batch."""
 
 import math
 
@@ -6,17 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtrain.generate import sampler
-from vtrain.generate.sampler import (
-    Sampling,
-    guide,
-    gumbel_noise,
-    keep_top_k,
-    keep_top_p,
-    noise_keys,
-    sample_token,
-)
-from vtrain.rng import fold, uniform
+from vtrain.generate.sampler import Sampling, key_rows, sample_token
 
 
 def slow_distribution(cond, uncond, cfg, temperature, top_k, top_p) -> np.ndarray:
@@ -51,11 +41,10 @@ def slow_distribution(cond, uncond, cfg, temperature, top_k, top_p) -> np.ndarra
 
 def draws(cond, uncond, sampling, count) -> np.ndarray:
     """How often each token comes in `count` draws with sample keys 0, 1, 2, ..."""
-    keys = noise_keys(sampling.seed, range(count), 1)[0]
     rows = torch.tensor(cond).expand(count, -1)
     other = torch.tensor(uncond).expand(count, -1) if sampling.guided else None
-    tokens, scores = sample_token(rows, other, keys, sampling)
-    assert scores.isfinite().all()
+    tokens, logprob = sample_token(rows, other, key_rows(range(count)), 0, sampling)
+    assert logprob.isfinite().all()
     return np.bincount(tokens.numpy(), minlength=len(cond))
 
 
@@ -96,82 +85,62 @@ def test_the_chi_square_is_sharp_enough_to_see_a_wrong_setting(wrong):
     assert chi2 > 60
 
 
-def test_order_is_guide_temperature_top_k_top_p():
-    torch.manual_seed(0)
+def test_log_probabilities_are_those_of_guide_temperature_top_k_top_p():
+    rng = np.random.default_rng(0)
     for _ in range(50):
-        cond, uncond = torch.randn(2, 23).double()
-        cfg, temperature = 1 + 3 * torch.rand(2).double()
-        top_k, top_p = int(torch.randint(1, 24, ())), float(0.05 + 0.9 * torch.rand(()))
-        guided = guide(cond[None], uncond[None], float(cfg)) / float(temperature)
-        kept = keep_top_p(keep_top_k(guided, top_k), top_p)
-        probs = kept.double().softmax(-1)[0].numpy()
-        expected = slow_distribution(cond.tolist(), uncond.tolist(), float(cfg), float(temperature), top_k, top_p)
-        np.testing.assert_allclose(probs, expected, atol=2e-6)
+        cond, uncond = rng.normal(size=(2, 23)).astype(np.float32)
+        settings = {"cfg": 1 + 3 * rng.random(), "temperature": 0.2 + rng.random()}
+        settings |= {"top_k": int(rng.integers(1, 24)), "top_p": 0.05 + 0.9 * rng.random()}
+        expected = slow_distribution(cond.tolist(), uncond.tolist(), **settings)
+        rows = (torch.from_numpy(x).expand(64, -1) for x in (cond, uncond))
+        tokens, logprob = sample_token(*rows, key_rows(range(64)), 0, Sampling(**settings))
+        np.testing.assert_allclose(logprob.double().exp().numpy(), expected[tokens.numpy()], rtol=1e-4)
 
 
-def test_guidance_formula_and_scale_one():
-    cond, uncond = torch.randn(2, 5, 7)
-    c, u = cond.double().log_softmax(-1), uncond.double().log_softmax(-1)
-    torch.testing.assert_close(guide(cond, uncond, 4.0).double(), u + 4 * (c - u), atol=1e-5, rtol=1e-5)
-    keys = noise_keys(3, range(5), 1)[0]
-    alone, _ = sample_token(cond, None, keys, Sampling(seed=3))
-    mixed = guide(cond, uncond, 1.0) + gumbel_noise(keys, 7)
-    assert alone.tolist() == mixed.argmax(-1).tolist()
-
-
-def test_top_k_edges():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
-    inf = -math.inf
-    assert keep_top_k(logits, 0) is logits
-    assert keep_top_k(logits, 4) is logits
-    assert keep_top_k(logits, 9) is logits
-    assert keep_top_k(logits, 3).tolist() == [[inf, 3.0, 3.0, 2.0]]
-    assert keep_top_k(logits, 1).tolist() == [[inf, 3.0, 3.0, inf]]  # equal tokens share their fate
-    assert keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 1).tolist() == [[inf, 3.0, inf]]
-
-
-def test_top_p_edges():
-    inf = -math.inf
-    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    assert keep_top_p(logits, 1.0) is logits
-    assert keep_top_p(logits, 1e-9)[0, 1:].tolist() == [inf, inf, inf]
-    assert keep_top_p(logits, 0.5)[0].isfinite().tolist() == [True, False, False, False]  # 0.5 is reached exactly
-    assert keep_top_p(logits, 0.51)[0].isfinite().tolist() == [True, True, False, False]
-    assert keep_top_p(logits, 0.76)[0].isfinite().tolist() == [True, True, True, True]  # ties stay together
-    assert keep_top_p(torch.tensor([[2.0, 2.0, 1.0]]), 1e-9)[0].isfinite().tolist() == [True, True, False]
-    masked = torch.tensor([[0.0, inf, inf, 0.0]])
-    assert keep_top_p(masked, 0.9).tolist() == masked.tolist()
+def test_scale_one_ignores_the_unconditional_branch():
+    cond = torch.randn(5, 7)
+    found = [sample_token(cond, uncond, key_rows(range(5)), 0, Sampling())[0] for uncond in (None, -cond)]
+    assert torch.equal(*found)
 
 
 def test_temperature_zero_is_argmax_of_the_guided_logits():
     cond, uncond = torch.randn(2, 40, 9)
-    keys = noise_keys(0, range(40), 1)[0]
-    tokens, _ = sample_token(cond, uncond, keys, Sampling(cfg=3.0, temperature=0, top_k=2, top_p=0.1))
-    assert tokens.tolist() == guide(cond, uncond, 3.0).argmax(-1).tolist()
-    tokens, _ = sample_token(cond, None, keys, Sampling(temperature=0))
+    keys = key_rows(range(40))
+    tokens, _ = sample_token(cond, uncond, keys, 0, Sampling(cfg=3.0, temperature=0, top_k=2, top_p=0.1))
+    assert tokens.tolist() == (uncond + 3 * (cond - uncond)).argmax(-1).tolist()
+    tokens, _ = sample_token(cond, None, keys, 0, Sampling(temperature=0))
     assert tokens.tolist() == cond.argmax(-1).tolist()
 
 
-def test_noise_is_the_documented_counter_function():
-    keys = noise_keys(7, [5, 2**63 + 1], steps=4)
-    assert keys.shape == (4, 2)
-    noise = gumbel_noise(keys[3], 6).numpy()
-    for row, key in enumerate([5, 2**63 + 1]):
-        u = uniform(fold(7, key, 3), np.arange(6, dtype=np.uint64))
-        np.testing.assert_allclose(noise[row], -np.log(-np.log(u + 2.0**-54)), rtol=1e-12)
+def test_a_draw_depends_on_seed_key_and_step_only():
+    """Not on the row, nor on the rows beside it: the same logits under the same key, wherever they stand."""
+    logits = torch.randn(1, 1 << 16).expand(4, -1)
+    numbers = [10, 2**64 - 1, 30, 2**63]
+
+    def run(seed=1, step=0, order=(0, 1, 2, 3)):
+        tokens, _ = sample_token(
+            logits[: len(order)], None, key_rows([numbers[i] for i in order]), step, Sampling(seed=seed)
+        )
+        return dict(zip(order, tokens.tolist()))
+
+    whole = run()
+    assert len(set(whole.values())) == 4
+    assert run(order=(3, 1)) == {i: whole[i] for i in (3, 1)}
+    for other in (run(seed=2), run(step=1)):
+        assert all(other[i] != whole[i] for i in whole)
 
 
-def test_noise_depends_on_seed_key_and_step_only():
-    table = noise_keys(1, [10, 20, 30], 3)
-    assert torch.equal(noise_keys(1, [30, 10], 2), table[:2, [2, 0]])
-    assert len(set(table.flatten().tolist())) == 9
-    assert not (noise_keys(2, [10, 20, 30], 3) == table).any()
+def test_keys_carry_the_bits_of_u64():
+    assert key_rows([0, 5, 2**63, 2**64 - 1, -1]).tolist() == [0, 5, -(2**63), -1, -1]
 
 
-def test_rows_that_are_not_finite_are_told_by_their_score():
-    logits = torch.tensor([[0.0, 1.0], [0.0, math.nan], [-math.inf, -math.inf]])
-    _, scores = sample_token(logits, None, noise_keys(0, range(3), 1)[0], Sampling())
-    assert scores.isfinite().tolist() == [True, False, False]
+def test_rows_that_are_not_finite_are_told_by_their_log_probability():
+    rows = [[0.0, 1.0], [0.0, math.nan], [-math.inf, -math.inf], [0.0, math.inf], [-math.inf, 0.0]]
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature=temperature)
+        tokens, logprob = sample_token(torch.tensor(rows), None, key_rows(range(5)), 0, sampling)
+        assert logprob.isfinite().tolist() == [True, False, False, False, True]
+        assert tokens[4] == 1
 
 
 @pytest.mark.parametrize(
@@ -186,11 +155,3 @@ def test_rows_that_are_not_finite_are_told_by_their_score():
 def test_bad_settings_are_named(bad, word):
     with pytest.raises(ValueError, match=rf"sampling: {word} is .*expected"):
         Sampling(**bad)
-
-
-def test_noise_is_finite_at_both_ends_of_the_uniform_draw(monkeypatch):
-    ends = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53], dtype=torch.float64)
-    monkeypatch.setattr(sampler, "uniform_tensor", lambda keys, words: ends)
-    noise = gumbel_noise(torch.zeros(1, dtype=torch.int64), len(ends))
-    assert noise.isfinite().all()
-    assert (noise.diff() > 0).all()

@@ -7,7 +7,7 @@ import torch
 
 import vkernels
 from vkernels.check.attention import CHECKS, lengths_to_cu
-from vkernels.jit import attention
+from vkernels.jit import attention, attention_tiles
 from vkernels.jit.attention_tiles import tiles_on_device
 
 SMALL = [c for c in CHECKS if c.small]
@@ -48,11 +48,15 @@ def test_gradients(bounded):
     assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=True)
 
 
-def test_lists_made_on_the_device_and_on_the_host_are_equal():
+@pytest.mark.parametrize("together", [(256, 256, 1024), (2, 2, 2)])
+def test_lists_made_on_the_device_and_on_the_host_are_equal(monkeypatch, together):
+    """Also of more documents, steps and tiles than are looked at together."""
+    for name, number in zip(("DOCUMENTS", "STEPS", "TILES"), together):
+        monkeypatch.setattr(attention_tiles, name, number)
     rng = random.Random(0)
     g = torch.Generator().manual_seed(0)
     for trial in range(6):
-        of_q = [rng.choice([0, 1, 63, 64, 65, 127, 128, 129, 300]) for _ in range(rng.randint(0, 3))]
+        of_q = [rng.choice([0, 1, 63, 64, 65, 127, 128, 129, 300]) for _ in range(rng.randint(0, 5))]
         of_k = [rng.choice([n, n, n + 3, 0, 260]) for n in of_q]
         c_q, c_k = lengths_to_cu(of_q), lengths_to_cu(of_k)
         Tq, Tk = sum(of_q), sum(of_k)

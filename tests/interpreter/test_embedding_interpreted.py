@@ -6,6 +6,7 @@ import torch
 import vkernels
 from vkernels.check.embedding import CHECKS, zipf
 from vkernels.check.touched import CHECKS as TOUCHED_CHECKS
+from vkernels.jit import embedding
 from vkernels.jit.segment_sum import segment_sum, segment_sum_compact
 from vkernels.segments import CHUNK, order_segments, sort_segments
 
@@ -54,6 +55,30 @@ def test_sorted_on_the_host_and_on_the_device_are_the_same_bits():
     order = vkernels.embed_order(ids, [0, SIZES[0]], SIZES)
     for a, b in zip(tables_grads(ids, dy, order), tables_grads(ids, dy)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "vectors"), [((), 3), (("places",), 2), (("table",), 2), (("table", "rows", "modes"), 1)]
+)
+def test_only_what_is_asked_for_is_sorted(monkeypatch, frozen, vectors):
+    """Slots are never sorted, and neither are the ids or positions of frozen tables."""
+    torch.manual_seed(0)
+    sorted_keys = []
+    monkeypatch.setattr(embedding, "sort_segments", lambda keys, n: sorted_keys.append(keys) or sort_segments(keys, n))
+    ids, positions, kinds = torch.randint(5, (30,)), torch.arange(30) % 7, torch.arange(30) % 2
+    leaves = {name: torch.randn(n, 3).requires_grad_(name not in frozen)
+              for name, n in (("table", 5), ("places", 7), ("modes", 2), ("rows", 4))}  # fmt: skip
+    expected = {}
+    for backend in ("torch", "triton"):
+        with vkernels.force("embed", backend):
+            terms = [(positions, leaves["places"]), (kinds, leaves["modes"])]
+            slots = [(leaves["rows"], torch.tensor([3, 9, 30, 1]), "add")]
+            out = vkernels.embed(ids, [leaves["table"]], [0], sizes=[5], terms=terms, slots=slots)
+        wanted = [x for x in leaves.values() if x.requires_grad]
+        with vkernels.force("embed", backend):
+            expected[backend] = torch.autograd.grad(out, wanted, torch.arange(90.0).view(30, 3).sin())
+    assert [len(keys) for keys in sorted_keys] == [30 * vectors]
+    torch.testing.assert_close(expected["triton"], expected["torch"])
 
 
 def test_a_sum_does_not_depend_on_other_tokens():

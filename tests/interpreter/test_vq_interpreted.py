@@ -66,3 +66,30 @@ def test_strided_gradients():
     (strided,) = torch.autograd.grad([codes, commitment], x, [dcodes, dcommitment], retain_graph=True)
     (dense,) = torch.autograd.grad([codes, commitment], x, [dcodes.contiguous(), dcommitment.contiguous()])
     assert torch.equal(strided, dense)
+
+
+def test_a_codebook_that_moves_after_it_was_read_is_noticed():
+    """A kernel writes behind autograd's back: the op must tell it."""
+    x, codebook = torch.ones(3, 2, requires_grad=True), torch.ones(4, 2)
+    state = [torch.ones(4), torch.ones(4, 2), codebook]
+    for move in (
+        lambda: vkernels.vq_ema_update(*state, torch.ones(4), torch.ones(4, 2), 0.9, 1e-5),
+        lambda: vkernels.vq_reset_codes(*state, torch.ones(4, dtype=torch.bool), torch.ones(4, 2)),
+    ):
+        product = x @ codebook.T
+        move()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+def test_rows_that_are_left_out():
+    ids = torch.tensor([0, 3, -1, 7, 2])
+    counts, sums = vkernels.vq_code_sums(torch.ones(5, 2), ids, 3)
+    assert counts.tolist() == [1, 0, 1]
+    assert sums.tolist() == [[1, 1], [0, 0], [1, 1]]
+    x = torch.ones(5, 2)
+    x[1], x[2, 0], x[3, 1] = torch.inf, torch.nan, -torch.inf
+    x.requires_grad_()
+    codes, commitment = vkernels.vq_straight_through(x, torch.zeros(3, 2), ids)
+    (codes.sum() + commitment.sum()).backward()
+    assert x.grad.tolist() == [[2, 2], [1, 1], [1, 1], [1, 1], [2, 2]]

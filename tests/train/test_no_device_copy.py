@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,8 @@ from vtrain.batch import Document, PackedBatch
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.objectives.autoencoder import AutoencoderObjective
 from vtrain.objectives.next_token import NextToken
+from vtrain.train.ema import Ema
+from vtrain.train.optim import AdamW
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal.default")
@@ -83,6 +86,19 @@ def test_autoencoder_step_stays_on_the_device(quantizer):
         sum(total * weight for total, weight in terms.values()).backward()
         model.end_step(0)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_optimizer_step_stays_on_the_device():
+    named = {"w": nn.Parameter(torch.empty(3, 2, device="meta")), "bias": nn.Parameter(torch.empty(3, device="meta"))}
+    optimizer = AdamW(named.items(), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ema = Ema([optimizer], 0.9)
+    for p in named.values():
+        p.grad = torch.empty_like(p)
+    with DeviceOnly():
+        kept = optimizer.clip(1.0, torch.zeros((), device="meta")).isfinite().float()
+        optimizer.step(kept)
+        ema.update(kept)
+    assert kept.is_meta
 
 
 def test_decoder_step_works_on_fake_tensors():

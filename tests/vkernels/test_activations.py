@@ -96,3 +96,12 @@ def test_messages():
         vkernels.swiglu(x)
     with pytest.raises(ValueError, match=r"^geglu: approximate 'erf', expected one of 'none', 'tanh'"):
         vkernels.geglu(x, x, approximate="erf")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (0,), (2, 0, 4)])
+def test_nothing_in_a_row_or_no_rows(backend, shape):
+    gate = torch.zeros(shape, requires_grad=True)
+    y = vkernels.swiglu(gate, torch.zeros(shape))
+    assert y.shape == shape
+    y.sum().backward()
+    assert gate.grad.shape == shape

@@ -1,6 +1,7 @@
 """adamw_step and clip_factor against float64, torch.optim.AdamW and each other."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,8 +137,8 @@ def test_random_words_are_philox():
         assert [int(x) for x in found] == expected == oracle.philox([word] * 4, [seed & 0xFFFFFFFF, seed >> 32])
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_stochastic_rounding_has_the_same_bits_everywhere(level):
+@pytest.mark.parametrize(("level", "seed"), [(0, (7 << 40) + 3), (1, -5), (2, (1 << 63) + 9)])
+def test_stochastic_rounding_has_the_same_bits_everywhere(level, seed):
     """Every instruction set and plain torch draw the same words; gradients of 0 leave no other rounding."""
     widest = _host.isa_level()
     _host.limit_isa(level)
@@ -148,7 +149,7 @@ def test_stochastic_rounding_has_the_same_bits_everywhere(level):
             for g in lists[1]:
                 g.zero_()
             with vkernels.force("adamw_step", name):
-                vkernels.adamw_step(*lists, step=(1 << 31) + 5, lr=0.0, seed=(7 << 40) + 3)
+                vkernels.adamw_step(*lists, step=(1 << 31) + 5, lr=0.0, seed=seed)
             results.append(lists[2:])
         assert same(*results)
     finally:
@@ -302,6 +303,23 @@ def test_tables_are_found_again_by_what_is_in_them():
         tables.resident_numbers(device, (i,), torch.int64)
     assert tables.resident_chunks(device, (5, 0, 9), 4) is not chunks
     assert len(tables._tables) == tables.KEPT
+
+
+def test_a_capture_finds_the_tables_of_a_step_on_another_stream(monkeypatch):
+    """As torch captures: a step on a side stream first, then the graph on a stream of its own."""
+    device, capturing, streams = torch.device("cuda", 0), [False], iter([1, 2])
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    monkeypatch.setattr(tables, "_in_graphs", [])
+    monkeypatch.setattr(tables, "_upload", lambda table, device: table)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=next(streams)))
+    first = tables.resident_numbers(device, (1, 2), torch.int64)
+    assert tables.resident_numbers(device, (1, 2), torch.int64) is not first  # each stream has its own
+    capturing[0] = True
+    assert any(tables.resident_numbers(device, (1, 2), torch.int64) is t for t in tables._tables.values())
+    assert len(tables._in_graphs) == 1
+    with pytest.raises(ValueError, match="expected a step before the capture"):
+        tables.resident_numbers(device, (1, 3), torch.int64)
 
 
 def test_versions_and_registration():

@@ -286,5 +286,15 @@ def test_bad_operands_are_named():
     for bad, what in ((cu(5), "does not run from 0"), (torch.tensor([0, 4, 2, 6]).int(), "decreases")):
         with pytest.raises(ValueError, match=what):
             vkernels.varlen_attention(q, k, v, bad)
+    for arguments, bounds, what in (
+        ((q, q.bfloat16(), q, cu(6)), {}, "k torch.bfloat16"),
+        ((q[0], q, q, cu(6)), {}, r"expected \[Tq, Hq, D\]"),
+        ((q, q, q, cu(6)[None]), {}, r"cu_seqlens_q is \[1, 2\]"),
+        ((q, q, q, cu(6), cu(3, 3)), {}, "two lists of the same length"),
+        ((q, q, q, cu(6)), {"kv_lo": cu(6)}, r"kv_lo is \[2\]"),
+        ((q, q, q, cu(6)), {"kv_hi": torch.zeros(6, 1).int()}, r"kv_hi is \[6, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"^varlen_attention: .*{what}"):
+            vkernels.varlen_attention(*arguments, **bounds)
     with pytest.raises(ValueError, match="scale is 0, expected a number above 0"):
         vkernels.varlen_attention(q, k, v, cu(6), scale=0)

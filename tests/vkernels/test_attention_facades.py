@@ -215,6 +215,35 @@ def test_rows_without_keys_have_our_sign(monkeypatch):
     assert got.tolist() == [[0.5, -math.inf, -math.inf]]
 
 
+def views():
+    """bf16 [5, 2, 8] that begin at 2 bytes, with rows 34 bytes apart, with elements apart, and all at one place."""
+    flat = torch.randn(400).bfloat16()
+    yield flat[1:81].view(5, 2, 8)
+    yield flat[:85].view(5, 17)[:, :16].unflatten(1, (2, 8))
+    yield flat[:160].view(5, 2, 16)[..., ::2]
+    yield flat[:1].view(1, 1, 1).expand(5, 2, 8)
+
+
+def test_libraries_get_rows_that_begin_at_16_bytes(monkeypatch):
+    """They load 16 bytes at a time: elsewhere that is an error which takes the process' GPU context with it."""
+    seen = []
+
+    def forward(q, k, v, *rest):
+        seen.extend((q, k, v))
+        return torch.zeros(5, 2, 8), torch.zeros(2, 5), None, None
+
+    package = SimpleNamespace(_flash_attn_varlen_forward=forward)
+    monkeypatch.setattr(facades, "_module", lambda name: package)
+    fine = torch.randn(5, 4, 8).bfloat16()[:, :2]
+    for x in views():
+        facades.flash2_forward(fine, x, x, cu(5), cu(5), 5, 5, None, None, 1.0, None)
+        got = seen[-3:]
+        assert got[0] is fine
+        assert torch.equal(got[1], x)
+        assert all(n * 2 % 16 == 0 for n in (got[1].data_ptr() // 2, *got[1].stride()[:2]))
+        assert got[1].stride(2) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("of_k", [(7, 1, 130), (9, 3, 150), (5, 1, 60)])
 def test_flash_on_a_gpu(of_k):

@@ -93,9 +93,9 @@ def test_the_shape_depends_on_the_sizes_only():
         ((torch.tensor([0, 4, 2]),), {}, "decreases"),
         ((torch.tensor([1, 4]),), {}, "begin with 0"),
         ((torch.tensor([0, 4]), torch.tensor([0, 2, 4])), {}, "same length"),
-        ((torch.zeros(0),), {}, "empty"),
-        ((torch.zeros(2, 2),), {}, r"\[2, 2\] on cpu, expected one dimension"),
-        ((torch.tensor([0, 4]),), {"kv_lo": torch.zeros(3)}, "one int32 per query"),
+        ((torch.zeros(0, dtype=torch.int32),), {}, "empty"),
+        ((torch.zeros(2, 2, dtype=torch.int32),), {}, r"\[2, 2\] on cpu, expected one dimension"),
+        ((torch.tensor([0, 4]),), {"kv_lo": torch.zeros(3, dtype=torch.int32)}, "one int32 per query"),
         ((torch.tensor([0, 4]).to("meta"),), {}, "on meta, expected one dimension on cpu"),
     ],
 )

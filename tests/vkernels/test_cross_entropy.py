@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_check import compiles, error, judge, poison
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkernels
@@ -347,10 +348,43 @@ def test_compiles_and_checks(way):
     torch.library.opcheck(torch.ops.vkernels.linear_logprob.default, args)
 
 
-def test_bad_arguments_are_named():
-    h, w, labels, rows = torch.zeros(1, 2), torch.zeros(4, 2), torch.zeros(1), torch.zeros(3, dtype=torch.int32)
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_logprob"])
+def test_groups_of_other_sizes_are_not_compiled_anew(op):
+    """The packer's groups end elsewhere in every step."""
+    torch._dynamo.reset()
+    inputs, where = draw([9, 6], 20, 5, torch.Generator().manual_seed(0))
+    counter = CompileCounterWithBackend("aot_eager")
+    rows = torch.arange(20, dtype=torch.int32)
 
-    def bad(message, weights=(w,), bases=(0,), sizes=(4,), ops=("linear_cross_entropy", "linear_logprob"), **options):
+    def call(h, weights, class_cu):
+        out = getattr(vkernels, op)(h, weights, **where, rows=rows, class_cu=class_cu)
+        return out[0] if op == "linear_cross_entropy" else out
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    h, *weights = (x.requires_grad_() for x in inputs)
+    for end in (3, 5, 8, 11, 13):
+        found, expected = compiled(h, weights, [0, end, 19]), call(h, weights, [0, end, 19])
+        found[found.isfinite()].sum().backward()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert counter.frame_count <= 2  # the first ends, then any
+
+
+def test_weights_of_rows_get_no_gradient(backend):
+    (h, w), where = draw([9], 6, 5, torch.Generator().manual_seed(0))
+    weight = torch.rand(6, requires_grad=True)
+    for x in (h, h.requires_grad_()):
+        total, _ = vkernels.linear_cross_entropy(x, [w], **where, row_weight=weight)
+        assert total.requires_grad == x.requires_grad
+    total.sum().backward()
+    assert weight.grad is None
+
+
+def test_bad_arguments_are_named():
+    h, w, rows = torch.zeros(1, 2), torch.zeros(4, 2), torch.zeros(3, dtype=torch.int32)
+    one = torch.zeros(1, dtype=torch.int64)
+
+    def bad(message, weights=(w,), bases=(0,), sizes=(4,), ops=("linear_cross_entropy", "linear_logprob"),
+            labels=one, **options):  # fmt: skip
         for op in ops:
             with pytest.raises(ValueError, match=rf"^{op}: {message}"):
                 getattr(vkernels, op)(h, list(weights), list(bases), labels, sizes=list(sizes), **options)
@@ -359,7 +393,12 @@ def test_bad_arguments_are_named():
     bad(r"weights\[0\] is \[4, 2\], expected \[>= 5, 2\]", sizes=[5])
     bad(r"weights\[0\] is torch.bfloat16, expected torch.float32", weights=[w.bfloat16()])
     bad("expected rows with class_cu", rows=rows)
-    bad("expected rows with class_cu, or row_class", rows=rows, class_cu=[0, 3], row_class=labels)
+    bad("expected rows with class_cu, or row_class", rows=rows, class_cu=[0, 3], row_class=one)
+    bad("labels is torch.float32", labels=torch.zeros(1))
+    bad(r"labels is \[3\], expected \[1\]", labels=rows)
+    bad(r"row_class is \[3\], expected \[1\]", row_class=rows)
+    bad("row_class is torch.float32", row_class=torch.zeros(1))
+    bad(r"row_weight is \[3\], expected \[1\]", row_weight=torch.ones(3), ops=["linear_cross_entropy"])
     for cu in ([0], [0, 3, 2], [1, 3], [0, 1, 2, 3]):
         bad("class_cu .*, expected the ends of 1 or one more groups", rows=rows, class_cu=cu)
     bad("class_cu ends at 4, there are 3 rows", rows=rows, class_cu=[0, 4])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_check import compiles, judge, poison
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vkernels
 from vkernels import _host, oracle
@@ -138,6 +139,25 @@ def test_everything_compiles_and_checks():
     args = (ids, [table, codes, rows], [0, 5, 0], [5, 4, 2], [places], [0, 0, 1], 1,
             [None, weight, None], [None, bias, None], list(vkernels.embed_order(ids, [0, 5], [5, 4])))  # fmt: skip
     torch.library.opcheck(torch.ops.vkernels.embed.default, args)
+
+
+def test_other_numbers_of_tokens_and_slots_are_not_compiled_anew():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(ids, table, rows):
+        slots = [(rows, torch.arange(rows.shape[0], device=ids.device))]
+        return vkernels.embed(ids, [table], [0], sizes=[10], slots=slots)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for T in (9, 12, 17, 23):
+        leaves = torch.randn(10, 4, requires_grad=True), torch.randn(T // 2, 4, requires_grad=True)
+        ids = torch.arange(T) % 11
+        found, expected = compiled(ids, *leaves), call(ids, *leaves)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        grads, truth = (torch.autograd.grad(x.sin().sum(), leaves) for x in (found, expected))
+        torch.testing.assert_close(grads, truth, rtol=0, atol=0)
+    assert counter.frame_count <= 2  # the first sizes, then any
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

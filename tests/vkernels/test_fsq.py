@@ -111,7 +111,15 @@ def test_compiles_and_checks():
     torch.library.opcheck(torch.ops.vkernels.fsq_dequantize.default, (torch.arange(5, dtype=torch.int32), COSMOS))
 
 
-@pytest.mark.parametrize("levels", [[8, 8], [8, 8, 8, 5, 5, 1], [4096] * 6])
+@pytest.mark.parametrize("levels", [[1000], [999]])
+def test_as_many_levels_as_the_bound_allows(backend, levels):
+    z = torch.tensor([[-torch.inf], [-1e30], [1e30], [torch.inf]])
+    codes, ids = vkernels.fsq_quantize(z, levels)
+    assert ids.tolist() == [0, 0, levels[0] - 1, levels[0] - 1]
+    assert torch.equal(vkernels.fsq_dequantize(ids, levels), codes)
+
+
+@pytest.mark.parametrize("levels", [[8, 8], [8, 8, 8, 5, 5, 1], [1000] * 6, [8, 8, 8, 5, 5, 1001]])
 def test_levels_that_do_not_fit_are_named(levels):
     with pytest.raises(ValueError, match="levels"):
         vkernels.fsq_quantize(torch.zeros(2, 6), levels)

@@ -51,6 +51,16 @@ def test_entropy(shape, groups, dtype):
     )
 
 
+def test_autocast_does_not_reach_the_probabilities():
+    torch.manual_seed(0)
+    z = torch.randn(64, 18)
+    plain = vkernels.lfq_entropy(z, 2, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for mine, other in zip(vkernels.lfq_entropy(z, 2, 0.5), plain):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine, other)
+
+
 def test_entropy_at_its_ends():
     """Sure rows have none; sure rows spread over all codes fill the batch's; both gradients stay finite."""
     signs = oracle.lfq_quantize(vkernels.lfq_dequantize(torch.arange(16), 4))[0].float()

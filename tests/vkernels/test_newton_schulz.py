@@ -46,10 +46,18 @@ def test_zeros_and_no_steps():
     assert vkernels.newton_schulz(torch.zeros(0, 5)).shape == (0, 5)
 
 
+def test_autocast_does_not_reach_the_products():
+    torch.manual_seed(0)
+    g = torch.randn(20, 30)
+    plain = vkernels.newton_schulz(g, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vkernels.newton_schulz(g, dtype=torch.float32), plain)
+
+
 def test_errors():
-    with pytest.raises(ValueError, match=r"vkernels.newton_schulz: g is torch.int64 \(3, 3\), expected floats"):
+    with pytest.raises(ValueError, match=r"newton_schulz: g is torch.int64 \[3, 3\], expected a floating-point tensor"):
         vkernels.newton_schulz(torch.ones(3, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="expected floats"):
+    with pytest.raises(ValueError, match=r"newton_schulz: g is \[3\], expected \[..., m, n\]"):
         vkernels.newton_schulz(torch.ones(3))
 
 

@@ -16,6 +16,7 @@ from transformers import (
 import vkernels
 from vkernels import oracle, sampling
 from vkernels.check.sampling import CHECKS
+from vkernels.philox import signed
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ KNOWN = [
 def test_random_numbers_are_the_published_ones(counter, key, words):
     words = [int(w, 16) for w in words.split()]
     assert oracle.philox(counter, key) == words
-    step, row, seed = (sampling._signed(hi << 32 | lo) for lo, hi in (counter[:2], counter[2:], key))
+    step, row, seed = (signed(hi << 32 | lo) for lo, hi in (counter[:2], counter[2:], key))
     found = sampling.random_words(seed, torch.tensor([step]), torch.tensor([row]))
     assert [int(x) for x in found] == words[:2]
 

@@ -6,17 +6,17 @@ from op_check import compiles, error
 
 import vkernels
 from vkernels import oracle, vq
-from vkernels.check.vq import CHECKS
+from vkernels.check.vq import CHECKS, EXACT
 
 
 def assert_nearest(ids, x, codebook):
-    """The index of the float64 argmin, unless the two distances agree to 1e-6 of the size of the vectors."""
+    """The index of the float64 argmin, unless the two distances agree to EXACT of the size of the vectors."""
     true, distances = oracle.vq_nearest(x, codebook)
     rows = torch.arange(len(true))
     gap = distances[rows, ids.long()] - distances[rows, true]
     size = x.double().square().sum(1) + codebook.double().square().sum(1).max()
     assert ids.dtype == torch.int32
-    assert ((ids == true) | (gap <= 1e-6 * size)).all()
+    assert ((ids == true) | (gap <= EXACT * size)).all()
     return int((ids != true).sum())
 
 
@@ -183,6 +183,58 @@ def test_an_update_without_rows_keeps_everything_finite(backend):
     state = [torch.zeros(3), torch.zeros(3, 2), torch.ones(3, 2)]
     vkernels.vq_ema_update(*state, torch.zeros(3), torch.zeros(3, 2), 0.99, 1e-5)
     assert torch.equal(state[2], torch.ones(3, 2))
+
+
+def test_autocast_does_not_reach_the_products(backend):
+    torch.manual_seed(0)
+    x, codebook = torch.randn(100, 32), torch.randn(1000, 32)
+    plain = vkernels.vq_nearest(x, codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vkernels.vq_nearest(x, codebook), plain)
+
+
+def test_rows_that_are_left_out(backend):
+    """Ids on either side of the codebook count nowhere, and what their rows hold reaches no gradient."""
+    ids = torch.tensor([0, 3, -1, 7, 2])
+    counts, sums = vkernels.vq_code_sums(torch.ones(5, 2), ids, 3)
+    assert counts.tolist() == [1, 0, 1]
+    assert sums.tolist() == [[1, 1], [0, 0], [1, 1]]
+    x = torch.ones(5, 2)
+    x[1], x[2, 0], x[3, 1] = torch.inf, torch.nan, -torch.inf
+    x.requires_grad_()
+    codes, commitment = vkernels.vq_straight_through(x, torch.zeros(3, 2), ids)
+    (codes.sum() + commitment.sum()).backward()
+    assert x.grad.tolist() == [[2, 2], [1, 1], [1, 1], [1, 1], [2, 2]]
+
+
+def test_a_codebook_that_moves_after_it_was_read_is_noticed(backend):
+    """Autograd must not use what it saved of it."""
+    x, codebook = torch.ones(3, 2, requires_grad=True), torch.ones(4, 2)
+    state = [torch.ones(4), torch.ones(4, 2), codebook]
+    for move in (
+        lambda: vkernels.vq_ema_update(*state, torch.ones(4), torch.ones(4, 2), 0.9, 1e-5),
+        lambda: vkernels.vq_reset_codes(*state, torch.ones(4, dtype=torch.bool), torch.ones(4, 2)),
+    ):
+        product = x @ codebook.T
+        move()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+def test_operands_that_do_not_fit_are_named():
+    x, book, size, ids = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(3, dtype=torch.int64)
+    for call, word in [
+        (lambda: vkernels.vq_straight_through(x, torch.zeros(5, 3), ids), "vq_straight_through: x .3, 4. and codebook"),
+        (lambda: vkernels.vq_straight_through(x, book, ids[:2]), "vq_straight_through: .* ids torch.int64 .2."),
+        (lambda: vkernels.vq_code_sums(x, ids.float(), 5), "vq_code_sums: ids is torch.float32 .3."),
+        (lambda: vkernels.vq_code_sums(x, torch.zeros(4, dtype=torch.int32), 5), "vq_code_sums: x .3, 4."),
+        (lambda: vkernels.vq_ema_update(size, book, book, size, x, 0.9, 1e-5), "vq_ema_update: sums .3, 4."),
+        (lambda: vkernels.vq_ema_update(size, book, book, size[:4], book, 0.9, 1e-5), "vq_ema_update: counts .4."),
+        (lambda: vkernels.vq_reset_codes(size, book, book, size[:1] > 0, x), "vq_reset_codes: dead .1."),
+        (lambda: vkernels.vq_reset_codes(size, book, book, size > 0, x[:, :3]), "vq_reset_codes: rows .3, 3."),
+    ]:
+        with pytest.raises(ValueError, match=f"{word}.*expected"):
+            call()
 
 
 def test_checks_and_compiles():

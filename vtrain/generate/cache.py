@@ -1,8 +1,8 @@
 """KVCache: keys and values of B growing sequences, so that a decode step costs one token per sequence.
 
 Legend: B sequences, U distinct prompts, T tokens of the prefill, L columns in use, Hq/Hk query/key heads, D head dim.
-Sequences are aligned at the right: every prompt ends in the same column, so a decode step writes one column and needs
-no index tensors; the unused columns to the left of short prompts are masked, and the mask never changes.
+Sequences are aligned at the right: every prompt ends in the same column, so a decode step writes one column for all.
+A sequence sees the columns from its own first one to that; what lies left of short prompts has no influence.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from vkernels import varlen_attention
+from vkernels import decode_attention, varlen_attention
 from vtrain.batch import PackedBatch
 
 
@@ -28,7 +27,8 @@ class KVCache:
         self.max_len = max_len
         self.used = 0  # columns that hold a token, the same for all sequences
         self._source: torch.Tensor | None = None  # prefill: token row of each cell, int64[B, L]
-        self._visible: torch.Tensor | None = None  # bool[B, 1, 1, max_len], None = every column
+        self._newest: torch.Tensor | None = None  # the column of the newest tokens, int32 scalar on the device
+        self._first: torch.Tensor | None = None  # the columns of the first tokens, int32[B], None = 0 for all
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
@@ -48,11 +48,11 @@ class KVCache:
         blank = columns - lengths[np.asarray(prompt_of)]  # columns to the left of the prompt
         column = np.arange(columns)
         source = ends[:, None] - columns + column  # the last column holds the prompt's last token
-        source = np.where(column >= blank[:, None], source, 0)  # blank cells copy any finite row: they are masked
+        source = np.where(column >= blank[:, None], source, 0)  # blank cells copy any row: they have no influence
         self._source = torch.from_numpy(source).to(device)
+        self._newest = torch.full((), columns - 1, dtype=torch.int32, device=device)
         if blank.any():
-            visible = np.arange(self.max_len) >= blank[:, None]
-            self._visible = torch.from_numpy(visible)[:, None, None].to(device)
+            self._first = torch.from_numpy(blank.astype(np.int32)).to(device)
         self.used = columns
 
     def begin_step(self) -> None:
@@ -60,6 +60,7 @@ class KVCache:
         if self.used >= self.max_len:
             raise ValueError(f"the KV cache is full: {self.max_len} columns")
         self._source = None
+        self._newest += 1
         self.used += 1
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -68,7 +69,7 @@ class KVCache:
         q and k are already rotated. T is the tokens of all prompts in a prefill, B in a decode step.
         """
         if self._source is None:
-            return self._decode(layer, q, k, v)
+            return decode_attention(q, k, v, self._keys[layer], self._values[layer], self._newest, start=self._first)
         self._keys[layer] = self._filled(k)
         self._values[layer] = self._filled(v)
         return varlen_attention(q, k, v, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen)
@@ -78,18 +79,3 @@ class KVCache:
         storage = rows.new_empty(sequences, self.max_len, *rows.shape[1:])
         storage[:, :columns] = rows[self._source]
         return storage
-
-    def _decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = self._keys[layer], self._values[layer]
-        sequences, _, kv_heads, head_dim = keys.shape
-        keys[:, self.used - 1] = k
-        values[:, self.used - 1] = v
-        # The query heads that share a key head stand as rows of one attention: no key is repeated.
-        grouped = q.view(sequences, kv_heads, -1, head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped,
-            keys[:, : self.used].transpose(1, 2),
-            values[:, : self.used].transpose(1, 2),
-            attn_mask=None if self._visible is None else self._visible[..., : self.used],
-        )
-        return out.reshape(q.shape)

@@ -15,7 +15,7 @@ import torch
 
 from vtrain.batch import IGNORE, Document, PackedBatch
 from vtrain.generate.cache import KVCache
-from vtrain.generate.sampler import Sampling, noise_keys, sample_token
+from vtrain.generate.sampler import Sampling, key_rows, sample_token
 from vtrain.models.decoder import Decoder
 
 Prompt = Sequence[int]
@@ -85,15 +85,15 @@ def _generate_batch(
     sequences = Sequences(decoder, [*prompts, *(uncond_prompts or ())], steps)
     ranges = None if vocab_range is None else (vocab_range,)
     base = 0 if vocab_range is None else decoder.vocab[vocab_range].base
-    step_keys = noise_keys(sampling.seed, keys, steps, sequences.device)
+    keys = key_rows(keys, sequences.device)
     tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=sequences.device)
     finite = torch.ones(len(prompts), dtype=torch.bool, device=sequences.device)
     for step in range(steps):
         hidden = sequences.extend(tokens[:, step - 1].repeat(branches)) if step else sequences.prefill()
         logits = decoder.logits(hidden, ranges).chunk(branches)
-        local, scores = sample_token(logits[0], logits[-1], step_keys[step], sampling)
+        local, logprob = sample_token(logits[0], logits[-1], keys, step, sampling)
         tokens[:, step] = base + local
-        finite &= scores.isfinite()
+        finite &= logprob.isfinite()
         if progress is not None:
             progress(len(prompts))
     if not bool(finite.all()):  # the only wait for the device, once per batch

@@ -55,8 +55,8 @@ def _activation_forward(gate_ptr, up_ptr, y_ptr, n_rows, n_cols, gate_stride, up
 
 
 @triton.jit
-def _activation_backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n_rows, n_cols,
-                         dy_stride, gate_stride, up_stride, d_stride,
+def _activation_backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n_rows, n_cols, dy_stride, gate_stride,
+                         up_stride, d_stride,
                          ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     tiles = tl.cdiv(n_cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -22,7 +22,8 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 
 # (BLOCK_M, BLOCK_N, warps, stages) by kernel and bytes of an element, for head sizes up to the number before it: what
-# compiles for sm_90 without spills inside the loops. BLOCK_M queries, BLOCK_N keys.
+# compiles for sm_90 without spills inside the loops, but for float32 beyond 64, where three products in tf32 take all
+# registers in every tile that was tried. BLOCK_M queries, BLOCK_N keys.
 CONFIGS = {
     ("forward", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
     ("forward", 4): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},

@@ -114,7 +114,7 @@ def _keys_of(tile, part, BLOCK_N: tl.constexpr):
     return k0, tl.minimum(tl.load(tile + 1, volatile=True), k0 + BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NQ"])
 def _attention_dkdv(do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tiles_ptr, kv_lo_ptr, kv_hi_ptr, dk_ptr, dv_ptr,
                     do_stride, q_stride, k_stride, v_stride, Tq, NQ, scale,
                     Hq: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,

@@ -1,7 +1,8 @@
 """The work list of packed attention made on a GPU: what `vkernels.attention_tiles` makes, for calls that bring none.
 
 Three launches over tiles: what each tile of queries sees, by whom each tile of keys is seen, and the order of lengths.
-Nothing is asked of the device; the counts of tiles are upper bounds that the host knows.
+Nothing is asked of the device; the counts of tiles are upper bounds that the host knows. Counts of documents and tiles
+differ from batch to batch: kernels are not compiled anew for those that are 1 or divisible by 16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from vkernels.tiles import BLOCK_K, BLOCK_Q, STEP, WIDTH, counts, kind_of
 
-DOCUMENTS = 256  # looked at together
+DOCUMENTS, STEPS, TILES = 256, 256, 1024  # how many of each are looked at together
 NONE = 2**31 - 1
 
 
@@ -57,7 +58,7 @@ def _store(row, a, b, c, d, e, f, g):
     tl.store(row + 7, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _query_tiles(cu_q_ptr, cu_k_ptr, kv_lo_ptr, kv_hi_ptr, tiles_ptr, seen_ptr, S,
                  HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
                  DOCUMENTS: tl.constexpr, NONE: tl.constexpr):  # fmt: skip
@@ -100,7 +101,7 @@ def _query_tiles(cu_q_ptr, cu_k_ptr, kv_lo_ptr, kv_hi_ptr, tiles_ptr, seen_ptr, 
            tl.where(none, kv_lo, hi_of_all), kv_hi, shift)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _key_tiles(cu_q_ptr, cu_k_ptr, tiles_ptr, seen_ptr, S,
                BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
                DOCUMENTS: tl.constexpr, NONE: tl.constexpr):  # fmt: skip
@@ -140,7 +141,7 @@ def _key_tiles(cu_q_ptr, cu_k_ptr, tiles_ptr, seen_ptr, S,
            k_end - q_end + 1)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NQ", "NK"])
 def _longest_first(found_ptr, tiles_ptr, NQ, NK, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Moves tile i of its part behind the longer ones and the equal ones before it; program 0 writes the header."""
     i = tl.program_id(0)
@@ -173,9 +174,9 @@ def tiles_on_device(Tq: int, Tk: int, cu_q, cu_k, kv_lo, kv_hi) -> torch.Tensor:
         )  # fmt: skip
     if NK:
         _key_tiles[(NK,)](
-            cu_q, cu_k, found[NQ:], seen, S, BLOCK_Q=BLOCK_Q, BLOCK=BLOCK_K, STEP=STEP, STEPS=256,
+            cu_q, cu_k, found[NQ:], seen, S, BLOCK_Q=BLOCK_Q, BLOCK=BLOCK_K, STEP=STEP, STEPS=STEPS,
             DOCUMENTS=DOCUMENTS, NONE=NONE, num_warps=4,
         )  # fmt: skip
     if NQ + NK:
-        _longest_first[(NQ + NK,)](found, tiles, NQ, NK, KIND=kind_of(kv_lo, kv_hi), BLOCK=1024, num_warps=4)
+        _longest_first[(NQ + NK,)](found, tiles, NQ, NK, KIND=kind_of(kv_lo, kv_hi), BLOCK=TILES, num_warps=4)
     return tiles

@@ -86,7 +86,9 @@ def embed_backward(dy, ids, bases, sizes, indices, which, rows, order) -> list[t
         segments, starts = Segments(*order), [sum(sizes[:i]) for i in asked]
     else:  # sorted here, without what is not asked for
         vectors, some = (ids, *indices), [sizes[i] for i in asked]
-        keys = destinations(vectors, [which[i] for i in asked], [bases[i] for i in asked], some)
+        used = sorted({which[i] for i in asked})
+        places = [used.index(which[i]) for i in asked]
+        keys = destinations([vectors[v] for v in used], places, [bases[i] for i in asked], some)
         segments, starts = sort_segments(keys, sum(some)), [sum(some[:k]) for k in range(len(some))]
     segment_sum(dy, segments, [grads[i][: sizes[i]] for i in asked], starts)
     return grads

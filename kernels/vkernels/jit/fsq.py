@@ -53,8 +53,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _quantize(z_ptr, half_ptr, offset_ptr, shift_ptr, width_ptr, basis_ptr, codes_ptr, ids_ptr, n_rows, n_cols,
-              z_stride, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _fsq_quantize(z_ptr, half_ptr, offset_ptr, shift_ptr, width_ptr, basis_ptr, codes_ptr, ids_ptr, n_rows, n_cols,
+                  z_stride,
+                  ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     real = col < n_cols
@@ -77,8 +78,9 @@ def _quantize(z_ptr, half_ptr, offset_ptr, shift_ptr, width_ptr, basis_ptr, code
 
 
 @triton.jit
-def _quantize_backward(dcodes_ptr, z_ptr, half_ptr, shift_ptr, width_ptr, dz_ptr, n_rows, n_cols, dcodes_stride,
-                       z_stride, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _fsq_quantize_backward(dcodes_ptr, z_ptr, half_ptr, shift_ptr, width_ptr, dz_ptr, n_rows, n_cols, dcodes_stride,
+                           z_stride,
+                           ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     real = col < n_cols
@@ -94,8 +96,8 @@ def _quantize_backward(dcodes_ptr, z_ptr, half_ptr, shift_ptr, width_ptr, dz_ptr
 
 
 @triton.jit
-def _dequantize(ids_ptr, levels_ptr, basis_ptr, codes_ptr, n_rows, n_cols,
-                ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _fsq_dequantize(ids_ptr, levels_ptr, basis_ptr, codes_ptr, n_rows, n_cols,
+                    ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     real = col < n_cols
@@ -110,8 +112,8 @@ def _dequantize(ids_ptr, levels_ptr, basis_ptr, codes_ptr, n_rows, n_cols,
 
 
 @triton.jit
-def _signs(z_ptr, codes_ptr, ids_ptr, n_rows, n_cols, z_stride, scale,
-           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _lfq_signs(z_ptr, codes_ptr, ids_ptr, n_rows, n_cols, z_stride, scale,
+               ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     inside = (row < n_rows)[:, None] & (col < n_cols)[None, :]
@@ -130,7 +132,7 @@ def fsq_quantize(z, levels):
     if n:
         c = channels(tuple(levels), accumulate_dtype(z.dtype), z.device)
         ROWS, COLS = row_blocks(d, ELEMENTS)
-        _quantize[(triton.cdiv(n, ROWS),)](
+        _fsq_quantize[(triton.cdiv(n, ROWS),)](
             rows, c.half, c.offset, c.shift, c.width, c.basis, codes, ids, n, d, rows.stride(0),
             ACC=acc_type(z.dtype), ROWS=ROWS, COLS=COLS, num_warps=4,
         )  # fmt: skip
@@ -144,7 +146,7 @@ def fsq_quantize_backward(dcodes, z, levels):
     if n:
         c = channels(tuple(levels), accumulate_dtype(z.dtype), z.device)
         ROWS, COLS = row_blocks(d, ELEMENTS)
-        _quantize_backward[(triton.cdiv(n, ROWS),)](
+        _fsq_quantize_backward[(triton.cdiv(n, ROWS),)](
             grads, rows, c.half, c.shift, c.width, dz, n, d, grads.stride(0), rows.stride(0),
             ACC=acc_type(z.dtype), ROWS=ROWS, COLS=COLS, num_warps=4,
         )  # fmt: skip
@@ -157,7 +159,7 @@ def fsq_dequantize(ids, levels):
     if n:
         c = channels(tuple(levels), torch.float32, ids.device)
         ROWS, COLS = row_blocks(d, ELEMENTS)
-        _dequantize[(triton.cdiv(n, ROWS),)](
+        _fsq_dequantize[(triton.cdiv(n, ROWS),)](
             ids.contiguous(), c.levels, c.basis, codes, n, d, ROWS=ROWS, COLS=COLS, num_warps=4
         )
     return codes
@@ -170,7 +172,7 @@ def lfq_quantize(z, scale):
     ids = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
     if n:
         ROWS, COLS = row_blocks(d, ELEMENTS)
-        _signs[(triton.cdiv(n, ROWS),)](
+        _lfq_signs[(triton.cdiv(n, ROWS),)](
             rows, codes, ids, n, d, rows.stride(0), scale, ROWS=ROWS, COLS=COLS, num_warps=4
         )
     return codes, ids

@@ -11,9 +11,9 @@ from vkernels.newton_schulz import iterate
 
 
 @triton.jit
-def _symmetric(x_ptr, plus_ptr, out_ptr, m, n, tiles, alpha, beta,
-               PLUS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-               BLOCK: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+def _symmetric_product(x_ptr, plus_ptr, out_ptr, m, n, tiles, alpha, beta,
+                       PLUS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+                       INNER: tl.constexpr):  # fmt: skip
     p = tl.program_id(0) % tiles  # tile (i, j) with j <= i is number i (i + 1) / 2 + j
     i = ((tl.sqrt_rn((8 * p + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)  # exact below 2^21 tiles
     j = p - i * (i + 1) // 2
@@ -48,7 +48,7 @@ def symmetric_product(x: torch.Tensor, alpha: float, plus: torch.Tensor | None, 
     BLOCK = 64 if m <= 512 else 128  # below, few tiles: smaller ones fill more of the device
     side = triton.cdiv(m, BLOCK)
     tiles = side * (side + 1) // 2
-    _symmetric[(tiles * B,)](
+    _symmetric_product[(tiles * B,)](
         x, plus, out, m, n, tiles, alpha, beta,
         PLUS=plus is not None, ACC=acc_type(x.dtype), PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
         BLOCK=BLOCK, INNER=64 if x.element_size() == 2 else 32, num_warps=8 if BLOCK == 128 else 4, num_stages=4,

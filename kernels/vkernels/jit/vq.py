@@ -71,8 +71,9 @@ def _three(column, a, b, c):
 
 
 @triton.jit
-def _store_parts(parts_ptr, ends_ptr, row, n_places, values, n_dims, a, b, c, PARTS: tl.constexpr, LOW: tl.constexpr,
-                 BLOCKS: tl.constexpr, PACKED: tl.constexpr, DIMS: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
+def _store_parts(parts_ptr, ends_ptr, row, n_places, values, n_dims, a, b, c,
+                 PARTS: tl.constexpr, LOW: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr, DIMS: tl.constexpr,
+                 ENDS: tl.constexpr):  # fmt: skip
     """The float16 parts of values[rows, DIMS]; packed, the block LOW is the lo part, the others are hi."""
     dim = tl.arange(0, DIMS)
     to_ptr = parts_ptr + row[:, None] * DIMS + dim[None, :]
@@ -90,10 +91,10 @@ def _store_parts(parts_ptr, ends_ptr, row, n_places, values, n_dims, a, b, c, PA
 
 
 @triton.jit
-def _split_codes(codebook_ptr, largest_ptr, parts_ptr, ends_ptr, n_codes, n_places, n_dims, log_dims, stride,
-                 PARTS: tl.constexpr, LOW: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr,
-                 SLOTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
-                 ENDS: tl.constexpr):  # fmt: skip
+def _vq_split_codes(codebook_ptr, largest_ptr, parts_ptr, ends_ptr, n_codes, n_places, n_dims, log_dims, stride,
+                    PARTS: tl.constexpr, LOW: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr,
+                    SLOTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+                    ENDS: tl.constexpr):  # fmt: skip
     """The codebook as the main loop reads it, the j-th codes of a group's slots together: scaled by a power of two to a
     largest element in [2^14, 2^15), half norms to less than 2^15, which is infinite for the padding."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -115,9 +116,9 @@ def _split_codes(codebook_ptr, largest_ptr, parts_ptr, ends_ptr, n_codes, n_plac
 
 
 @triton.jit
-def _split_rows(x_ptr, largest_ptr, parts_ptr, ends_ptr, n_rows, n_places, n_dims, log_dims, stride,
-                PARTS: tl.constexpr, LOW: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
-                DIMS: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
+def _vq_split_rows(x_ptr, largest_ptr, parts_ptr, ends_ptr, n_rows, n_places, n_dims, log_dims, stride,
+                   PARTS: tl.constexpr, LOW: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr,
+                   ROWS: tl.constexpr, DIMS: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
     """Each row scaled by a power of two to a largest element below 2^15, and so that the norms' scale is, too."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIMS)
@@ -134,8 +135,8 @@ def _split_rows(x_ptr, largest_ptr, parts_ptr, ends_ptr, n_rows, n_places, n_dim
 
 @triton.jit
 def _scores(x_hi, x_lo, x_ends, e_ptr, e_ends_ptr, tile, n_places,
-            X_PARTS: tl.constexpr, E_PARTS: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
-            SLOTS: tl.constexpr, DIMS: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
+            X_PARTS: tl.constexpr, E_PARTS: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+            DIMS: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
     """x.e - |e|^2 / 2 of the codes of a tile, times the row's scale; the small products first."""
     first = tl.cast(tile, tl.int64) * SLOTS
     column = tl.arange(0, SLOTS)
@@ -162,10 +163,11 @@ def _insert(value, slot, best, best_slot, second, second_slot):
 
 
 @triton.jit
-def _best_slots(x_ptr, x_ends_ptr, e_ptr, e_ends_ptr, values_ptr, slots_ptr, n_rows, x_places, e_places, n_groups, span,
-                X_PARTS: tl.constexpr, E_PARTS: tl.constexpr, PACKED: tl.constexpr, LOOKS: tl.constexpr,
-                ROWS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, DIMS: tl.constexpr, ENDS: tl.constexpr,
-                STAGES: tl.constexpr):  # fmt: skip
+def _vq_best_slots(x_ptr, x_ends_ptr, e_ptr, e_ends_ptr, values_ptr, slots_ptr, n_rows, x_places, e_places, n_groups,
+                   span,
+                   X_PARTS: tl.constexpr, E_PARTS: tl.constexpr, PACKED: tl.constexpr, LOOKS: tl.constexpr,
+                   ROWS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, DIMS: tl.constexpr, ENDS: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     """The two best slots of ROWS rows among `span` groups of codes, with the scores of their best codes."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     from_ptr = x_ptr + row[:, None] * DIMS + tl.arange(0, DIMS)[None, :]
@@ -204,9 +206,10 @@ def _best_slots(x_ptr, x_ends_ptr, e_ptr, e_ends_ptr, values_ptr, slots_ptr, n_r
 
 
 @triton.jit
-def _decide(x_ptr, codebook_ptr, values_ptr, slots_ptr, ids_ptr, n_rows, n_codes, n_dims, x_stride, stride,
-            n_candidates, margin, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, KEEP: tl.constexpr,
-            GROUP: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+def _vq_decide(x_ptr, codebook_ptr, values_ptr, slots_ptr, ids_ptr, n_rows, n_codes, n_dims, x_stride, stride,
+               n_candidates, margin,
+               ROWS: tl.constexpr, CANDIDATES: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr,
+               DIMS: tl.constexpr):  # fmt: skip
     """The nearest code by float64 distances among the KEEP best slots, as far as they come within `margin` of the best.
 
     Of equal distances the lowest code; of equal scores the lowest slots. A row of NaN gets code 0.
@@ -256,11 +259,11 @@ def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, exact: bool = True) -> t
     e_parts, e_ends = _room(padded, plan.e_parts, plan, device)
     layout = {"PACKED": plan.packed, "DIMS": plan.dims, "ENDS": ENDS}
     ROWS = min(64, 4096 // plan.dims)
-    _split_rows[(places // ROWS,)](
+    _vq_split_rows[(places // ROWS,)](
         x, largest, x_parts, x_ends, n, places, D, log_dims, x.stride(0), PARTS=plan.x_parts,
         LOW=0 if plan.x_parts == 2 else -1, BLOCKS=plan.blocks, ROWS=ROWS, **layout, num_warps=4,
     )  # fmt: skip
-    _split_codes[(padded // ROWS,)](
+    _vq_split_codes[(padded // ROWS,)](
         codebook, largest, e_parts, e_ends, K, padded, D, log_dims, codebook.stride(0), PARTS=plan.e_parts,
         LOW=plan.x_parts - 1 if plan.e_parts == 2 else -1, BLOCKS=plan.blocks, SLOTS=plan.slots, GROUP=plan.group,
         ROWS=ROWS, **layout, num_warps=4,
@@ -271,7 +274,7 @@ def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, exact: bool = True) -> t
     splits = triton.cdiv(groups, span)
     values = torch.empty(n, 2 * splits, dtype=torch.float32, device=device)
     slots = torch.empty(n, 2 * splits, dtype=torch.int32, device=device)
-    _best_slots[(blocks, splits)](
+    _vq_best_slots[(blocks, splits)](
         x_parts, x_ends, e_parts, e_ends, values, slots, n, places, padded, groups, span, X_PARTS=plan.x_parts,
         E_PARTS=plan.e_parts, LOOKS=2 if exact else 1, ROWS=plan.rows, SLOTS=plan.slots, GROUP=plan.group,
         STAGES=plan.stages, **layout, num_warps=plan.warps,
@@ -281,7 +284,7 @@ def vq_nearest(x: torch.Tensor, codebook: torch.Tensor, exact: bool = True) -> t
     margin = 2.0**30 * D * (2.0**-19 if exact else 2.0**-9)
     CANDIDATES, DIMS = triton.next_power_of_2(2 * splits), max(16, triton.next_power_of_2(D))
     ROWS = max(1, 1024 // max(CANDIDATES, DIMS))
-    _decide[(triton.cdiv(n, ROWS),)](
+    _vq_decide[(triton.cdiv(n, ROWS),)](
         x, codebook, values, slots, ids, n, K, D, x.stride(0), codebook.stride(0), 2 * splits, margin,
         ROWS=ROWS, CANDIDATES=CANDIDATES, KEEP=min(KEEP, CANDIDATES), GROUP=plan.group, DIMS=DIMS, num_warps=4,
     )  # fmt: skip

@@ -14,9 +14,9 @@ from vkernels.segments import sort_segments
 
 
 @triton.jit
-def _straight_through_forward(x_ptr, codebook_ptr, ids_ptr, codes_ptr, commitment_ptr, n_rows, n_dims, n_codes,
-                              x_stride, codebook_stride, beta,
-                              ACC: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+def _vq_straight_through_forward(x_ptr, codebook_ptr, ids_ptr, codes_ptr, commitment_ptr, n_rows, n_dims, n_codes,
+                                 x_stride, codebook_stride, beta,
+                                 ACC: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIMS)
     inside = (row < n_rows)[:, None] & (dim < n_dims)[None, :]
@@ -29,9 +29,9 @@ def _straight_through_forward(x_ptr, codebook_ptr, ids_ptr, codes_ptr, commitmen
 
 
 @triton.jit
-def _straight_through_backward(dcodes_ptr, dcommitment_ptr, x_ptr, codes_ptr, ids_ptr, dx_ptr, n_rows, n_dims, n_codes,
-                               dcodes_stride, dcommitment_stride, x_stride, codes_stride, pull,
-                               ACC: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+def _vq_straight_through_backward(dcodes_ptr, dcommitment_ptr, x_ptr, codes_ptr, ids_ptr, dx_ptr, n_rows, n_dims,
+                                  n_codes, dcodes_stride, dcommitment_stride, x_stride, codes_stride, pull,
+                                  ACC: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIMS)
     inside = (row < n_rows)[:, None] & (dim < n_dims)[None, :]
@@ -47,9 +47,9 @@ def _straight_through_backward(dcodes_ptr, dcommitment_ptr, x_ptr, codes_ptr, id
 
 
 @triton.jit
-def _ema_update(size_ptr, total_ptr, embed_ptr, codebook_ptr, sums_ptr, n_codes, n_dims, size_stride, embed_stride,
-                codebook_stride, sums_stride, keep, gain, eps,
-                ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+def _vq_ema_update(size_ptr, total_ptr, embed_ptr, codebook_ptr, sums_ptr, n_codes, n_dims, size_stride, embed_stride,
+                   codebook_stride, sums_stride, keep, gain, eps,
+                   ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
     """The rows of the averages; the sizes are already moved, total is their sum."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIMS)
@@ -67,9 +67,9 @@ def _ema_update(size_ptr, total_ptr, embed_ptr, codebook_ptr, sums_ptr, n_codes,
 
 
 @triton.jit
-def _reset_codes(size_ptr, share_ptr, embed_ptr, codebook_ptr, dead_ptr, turns_ptr, rows_ptr, available_ptr, n_codes,
-                 n_dims, n_fresh, size_stride, embed_stride, codebook_stride, rows_stride,
-                 ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+def _vq_reset_codes(size_ptr, share_ptr, embed_ptr, codebook_ptr, dead_ptr, turns_ptr, rows_ptr, available_ptr, n_codes,
+                    n_dims, n_fresh, size_stride, embed_stride, codebook_stride, rows_stride,
+                    ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIMS)
     dead = tl.load(dead_ptr + row, mask=row < n_codes, other=0) != 0
@@ -92,7 +92,7 @@ def vq_straight_through(x, codebook, ids, beta):
     commitment = torch.empty(n, dtype=accumulate_dtype(x.dtype), device=x.device)
     if n:
         ROWS, DIMS = row_blocks(D, 2048)
-        _straight_through_forward[(triton.cdiv(n, ROWS),)](
+        _vq_straight_through_forward[(triton.cdiv(n, ROWS),)](
             x, codebook, ids, codes, commitment, n, D, codebook.shape[0], x.stride(0), codebook.stride(0), beta,
             ACC=acc_type(x.dtype), ROWS=ROWS, DIMS=DIMS, num_warps=4,
         )  # fmt: skip
@@ -105,7 +105,7 @@ def vq_straight_through_backward(dcodes, dcommitment, x, codes, ids, num_codes, 
     dx = torch.empty(n, D, dtype=x.dtype, device=x.device)
     if n:
         ROWS, DIMS = row_blocks(D, 2048)
-        _straight_through_backward[(triton.cdiv(n, ROWS),)](
+        _vq_straight_through_backward[(triton.cdiv(n, ROWS),)](
             dcodes, dcommitment, x, codes, ids.contiguous(), dx, n, D, num_codes,
             dcodes.stride(0), dcommitment.stride(0), x.stride(0), codes.stride(0), 2 * beta / max(D, 1),
             ACC=acc_type(x.dtype), ROWS=ROWS, DIMS=DIMS, num_warps=4,
@@ -129,7 +129,7 @@ def vq_ema_update(cluster_size, embed_sum, codebook, counts, sums, decay, eps):
     if K == 0:
         return
     ROWS, DIMS = row_blocks(D, 2048)
-    _ema_update[(triton.cdiv(K, ROWS),)](
+    _vq_ema_update[(triton.cdiv(K, ROWS),)](
         cluster_size, cluster_size.sum(), embed_sum, codebook, sums, K, D, cluster_size.stride(0),
         embed_sum.stride(0), codebook.stride(0), sums.stride(0), decay, 1 - decay, eps,
         ROWS=ROWS, DIMS=DIMS, num_warps=4,
@@ -142,7 +142,7 @@ def vq_reset_codes(cluster_size, embed_sum, codebook, dead, rows, available):
     if K == 0:
         return turns.sum()
     ROWS, DIMS = row_blocks(D, 2048)
-    _reset_codes[(triton.cdiv(K, ROWS),)](
+    _vq_reset_codes[(triton.cdiv(K, ROWS),)](
         cluster_size, cluster_size.mean(), embed_sum, codebook, dead, turns, rows, available, K, D, rows.shape[0],
         cluster_size.stride(0), embed_sum.stride(0), codebook.stride(0), rows.stride(0),
         ROWS=ROWS, DIMS=DIMS, num_warps=4,
