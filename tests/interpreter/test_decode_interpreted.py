@@ -38,7 +38,7 @@ def test_any_number_of_splits_gives_the_same(splits, monkeypatch):
 def test_long_caches_are_split():
     assert decode._splits(pairs=8, columns=4096, multiprocessors=132) == 16
     assert decode._splits(pairs=8, columns=1 << 20, multiprocessors=132) == 64
-    assert decode._splits(pairs=512, columns=4096, multiprocessors=132) == 3
+    assert decode._splits(pairs=512, columns=4096, multiprocessors=132) == 2
     assert decode._splits(pairs=5000, columns=4096, multiprocessors=132) == 1
     assert decode._splits(pairs=1, columns=1, multiprocessors=132) == 1
 

@@ -119,10 +119,12 @@ def decode_attention(q, k, v, k_cache, v_cache, length, start, scale) -> torch.T
 def _splits(pairs: int, columns: int, multiprocessors: int) -> int:
     """Into how many parts each sequence is cut: a function of sizes that the host knows, so that graphs can replay.
 
-    At least two programs fit on a multiprocessor; four rounds of two keep the last round from leaving many idle.
+    At least two programs fit on a multiprocessor; four rounds of two keep the last round from leaving many idle. A
+    power of two: the kernels are compiled for at most 7 of them, however the number of sequences changes.
     """
     wanted = triton.cdiv(8 * multiprocessors, pairs)
-    return max(1, min(wanted, triton.cdiv(columns, LEAST), MOST))
+    most = max(1, min(wanted, triton.cdiv(columns, LEAST), MOST))
+    return 1 << (most.bit_length() - 1)
 
 
 def _tiles(dim: int, item: int) -> tuple[int, int]:
