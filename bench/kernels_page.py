@@ -99,8 +99,8 @@ handed over to a library repeats as that library does.
 ```python
 from transformers import LlamaConfig, LlamaForCausalLM
 
-model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                     num_attention_heads=4, num_key_value_heads=2))
+small = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+model = LlamaForCausalLM(small)
 print({part: len(modules) for part, modules in vkernels.patch(model).items()})
 ids = torch.randint(256, (2, 16))
 model.train()(input_ids=ids, labels=ids).loss.backward()  # or a Trainer, as it is
@@ -150,8 +150,8 @@ def sections() -> Iterator[str]:
     """Every public name with its signature and its text, by module."""
     for module, names in public().items():
         yield f"\n## {module.__name__.removeprefix('vkernels.')}\n\n{paragraph(module)}"
-        for name, thing in names:
-            for name, thing in classes(thing) if inspect.ismodule(thing) else [(name, thing)]:
+        for entry in names:
+            for name, thing in classes(entry[1]) if inspect.ismodule(entry[1]) else [entry]:
                 text = inspect.cleandoc(thing.__doc__ or "").replace("\n", "\n    ").replace("\n    \n", "\n\n")
                 yield f'\n```py\n{signature(name, thing)}\n    """{text}"""\n```'
 
