@@ -32,6 +32,7 @@ export HF_HUB_OFFLINE=1
 
 if [ "$device" = cuda ]; then
     name="$("$python" -c 'import re, torch
+torch.cuda.is_available() or exit(1)
 print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')" || {
         echo "error: $python finds no GPU (--dry-run works without one)" >&2
         exit 2
