@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one command and one time budget, without a network:
 #
-#   bash scripts/bench_gpu.sh [--dry-run] [--steps build,check,sanitizer,kernels,e2e,table] [SECONDS]     (default 540)
+#   bash scripts/bench_gpu.sh [--dry-run] [--steps build,check,sanitizer,kernels,e2e,decode,table] [SECONDS=540]
 #
 # The extensions, then correctness of every op, then memory and race checks of small cases, then the kernels' benches,
-# then training steps, then the table of the fastest backends. Each has its share of the time that is left; what fails or
-# runs out of it does not stop the next. All that is found goes to OUT (default bench/results/<gpu>), rows as soon as they
-# are known. --dry-run: the same on the CPU, at small sizes. PYTHON names the interpreter (default python3), WHEELS a
-# folder of wheels that are put on its path (peers that the machine lacks), ONLY a regular expression for the benches'
-# cases, VTRAIN_COMMIT what a copy was taken of.
+# then training steps, then decoding, then the table of the fastest backends. Each has its share of the time that is
+# left; what fails or runs out of it does not stop the next. All that is found goes to OUT (default bench/results/<gpu>),
+# rows as soon as they are known. --dry-run: the same on the CPU, at small sizes. PYTHON names the interpreter (default
+# python3), WHEELS a folder of wheels that are put on its path (peers that the machine lacks), ONLY a regular expression
+# for the cases of kernels and training steps, VTRAIN_COMMIT what a copy was taken of.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 device=cuda
-steps=build,check,sanitizer,kernels,e2e,table
+steps=build,check,sanitizer,kernels,e2e,decode,table
 budget=540
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -98,7 +98,10 @@ fi
 bench=("$python" bench/run.py --device "$device" --out "$out" --only "${ONLY:-}")
 [ "$device" = cuda ] || bench+=(--without torch.compile) # it takes minutes to compile for a CPU, and proves nothing here
 wanted kernels && step 65 kernels "${bench[@]}" --suite kernels --budget SECONDS
-wanted e2e && step 90 e2e "${bench[@]}" --suite e2e --budget SECONDS
+wanted e2e && step 60 e2e "${bench[@]}" --suite e2e --budget SECONDS
+decode=("$python" bench/decode.py --device "$device" --out "$out")
+[ "$device" = cuda ] || decode+=(--only 40m --without "HF static, compiled")
+wanted decode && step 90 decode "${decode[@]}" --budget SECONDS
 wanted table && [ "$device" = cuda ] && step 100 table "${bench[@]}" --table
 
 echo "== $out after $((SECONDS - start)) s${failed:+; failed:$failed}"

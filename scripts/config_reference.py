@@ -20,8 +20,11 @@ A command takes a TOML file or the name of a shipped recipe, then keys to change
 
     torchrun -m vtrain.pretrain --cfg quickstart/ar optim.lr=1e-4 data.sources.0.weight=2 'train.trainable=["head.*"]'
 
-Values are TOML; a string needs no quotes. `--dry-run` shows what would be done. A key or value that does not exist is
-an error that names the nearest one. The resolved settings are written into the folder of the run.
+Values are TOML; a string needs no quotes. A file for vtrain.pretrain may have `[[stage]]` tables, which are run one
+after the other: a stage has the file's keys with those of its table in their place, and `stage.2.optim.lr=1e-5` changes
+a key of the second alone ([operations.md](operations.md#stages)).
+`--dry-run` shows what would be done. A key or value that does not exist is an error that names the nearest one. The
+resolved settings are written into the folder of the run.
 A mistake ends a command with one line and exit code 2; VTRAIN_TRACEBACK=1 shows where it was noticed."""
 
 

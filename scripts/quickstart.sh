@@ -29,6 +29,7 @@ step "5/6 the decoder learns caption -> codes"
 run vtrain.pretrain --cfg quickstart/ar
 
 step "6/6 20 pictures of each digit"
+[ $runs/samples/sampling.json -nt $runs/ar/final/model.safetensors ] || rm -rf $runs/samples # of an older model
 [ $runs/samples/grid.png -nt $runs/ar/final/model.safetensors ] || run vtrain.sample --cfg quickstart/sample
 
 step "done"

@@ -253,6 +253,131 @@ def test_run_command_hands_over_settings_and_dry_run(tmp_path):
     assert calls[1] == (toy(tmp_path, GOOD, "name=x"), True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Staged(Toy):
+    """A toy that grows in stages."""
+
+    same_in_stages = ("name", "body.color", "legs")
+
+
+STAGES = """
+name = "t"
+[body]
+size = 1
+spots = [1, 2]
+[[legs]]
+length = 2
+[[stage]]
+[[stage]]
+body.size = 5
+body.spots = [3]
+[[stage]]
+[stage.body]
+hairy = true
+span = [0, 9]
+"""
+
+
+def staged(tmp_path: Path, text: str, *overrides: str) -> list[Staged]:
+    path = tmp_path / "staged.toml"
+    path.write_text(text)
+    return config.load_stages(Staged, path, overrides)
+
+
+def test_a_stage_has_the_files_keys_and_its_own(tmp_path):
+    first, second, third = (stage.body for stage in staged(tmp_path, STAGES))
+    assert (first.size, first.spots, first.hairy, first.span) == (1, (1.0, 2.0), None, (1, 2))
+    assert (second.size, second.spots, second.hairy) == (5, (3.0,), None)
+    assert (third.size, third.spots, third.hairy, third.span) == (1, (1.0, 2.0), True, (0, 9))
+    assert staged(tmp_path, GOOD) == [config.load(Staged, tmp_path / "staged.toml")]
+    staged(tmp_path, STAGES)
+    with pytest.raises(ConfigError, match=r"staged.toml: has 3 \[\[stage\]\] tables; expected one set of keys"):
+        config.load(Staged, tmp_path / "staged.toml")
+
+
+def test_overrides_hold_for_all_stages_or_for_one(tmp_path):
+    overrides = ("stage.2.body.size=7", "body.size=6", "legs.0.label=x", "stage.3.body.hairy=none")
+    found = staged(tmp_path, STAGES, *overrides)
+    assert [stage.body.size for stage in found] == [6, 7, 6]
+    assert {stage.legs[0].label for stage in found} == {"x"}
+    assert {stage.body.hairy for stage in found} == {None}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (STAGES, ["stage.4.body.size=1"], "override stage.4.body.size=1: the file has 3 [[stage]] tables"),
+        (GOOD, ["stage.1.body.size=1"], "override stage.1.body.size=1: the file has 0 [[stage]] tables"),
+        (STAGES, ["stage.0.body.size=1"], "override stage.0.body.size=1: expected stage.N.section.key=value, N from 1"),
+        (STAGES, ["stage.body.size=1"], "override stage.body.size=1: expected stage.N.section.key=value"),
+        (STAGES, ["stage.2.body.sizes=1"], "stage.2.body.sizes=1: unknown key body.sizes; did you mean body.size?"),
+        (STAGES + "size = 10", [], "staged.toml: stage 3: body.size is 10; expected int >= 1 and <= 9"),
+        (STAGES + "sice = 1", [], "staged.toml: stage 3: unknown key body.sice; did you mean body.size?"),
+        (STAGES, ["stage.2.body.span=[3, 1]"], "staged.toml: stage 2: body: span is (3, 1)"),
+        (STAGES + 'color = "green"', [], 'stage 3: body.color is "green"; expected "red" as in stage 1'),
+        (STAGES, ["stage.2.name=u"], 'staged.toml: stage 2: name is "u"; expected "t" as in stage 1'),
+        (STAGES, ["stage.2.legs.0.length=3"], "stage 2: legs is "),
+        ('stage = 3\nname = "t"', [], "staged.toml: stage is 3; expected [[stage]] tables"),
+        ('stage = [1]\nname = "t"', [], "staged.toml: stage is [1]; expected [[stage]] tables"),
+    ],
+)
+def test_mistakes_in_stages_name_the_stage(tmp_path, text, overrides, expected):
+    with pytest.raises(ConfigError) as error:
+        staged(tmp_path, text, *overrides)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_command_without_stages_refuses_them(tmp_path):
+    with pytest.raises(ConfigError, match=r"toy.toml: \[\[stage\]\]: this command has no stages"):
+        toy(tmp_path, STAGES)
+    with pytest.raises(ConfigError, match=r"override stage.1.name=x: unknown key stage"):
+        toy(tmp_path, GOOD, "stage.1.name=x")
+
+
+def test_all_stages_dump_to_what_loads_to_the_same(tmp_path):
+    stages = staged(tmp_path, STAGES, "stage.1.body.hairy=false", "stage.3.body.spots=[]")
+    assert staged(tmp_path, config.dump_stages(stages)) == stages
+    assert config.dump_stages(stages[:1]) == config.dump(stages[0])
+    assert "size" not in config.dump_stages([stages[0], stages[0]]).partition("[[stage]]")[2]
+
+
+def test_main_takes_the_settings_of_each_stage(tmp_path, capsys):
+    calls = []
+
+    def main(*stages, dry_run):
+        calls.append([stage.body.size for stage in stages])
+
+    (tmp_path / "staged.toml").write_text(STAGES)
+    config.run_command(Staged, main, ["--cfg", str(tmp_path / "staged.toml"), "stage.3.body.size=2"])
+    assert calls == [[1, 5, 2]]
+    config.run_command(Staged, main, ["--help"])
+    assert "[[stage]] tables" in capsys.readouterr().out
+    config.run_command(Toy, main, ["--help"])
+    assert "[[stage]]" not in capsys.readouterr().out
+
+
+def test_further_options_are_handed_over_where_they_are_given(capsys):
+    calls, options = [], {"part": "which part is done"}
+
+    def main(settings, dry_run, part="all"):
+        calls.append((settings.name, part))
+
+    for argv in (["name=x"], ["--part", "2", "name=x"], ["name=x", "--part=a=b"]):
+        config.run_command(Toy, main, argv, options=options)
+    assert calls == [("x", "all"), ("x", "2"), ("x", "a=b")]
+    for argv, expected in (
+        (["name=x", "--part"], "--part: expected one value"),
+        (["--part=1", "--part=2"], "--part: expected one value"),
+        (["-part=1"], "unknown option -part=1; expected --cfg, --part, --dry-run, --help or key=value"),
+    ):
+        with pytest.raises(SystemExit):
+            config.run_command(Toy, main, argv, options=options)
+        assert expected in capsys.readouterr().err
+    config.run_command(Toy, main, ["--help"], options=options)
+    assert "\n  --part PART       which part is done\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

@@ -15,8 +15,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from crashes import run_once
 from ranks import run_ranks
 from toys import CAPTIONS, CODES, extract_arguments, write_images
+from visual.cosmos_nets import DV, random_tensors
 
 from vtrain.config import load as load_settings
 from vtrain.config import run_command
@@ -28,7 +31,8 @@ from vtrain.extract import main
 from vtrain.settings import ExtractSettings
 from vtrain.text import load_text_tokenizer, train_sentencepiece
 from vtrain.visual import load_image_tokenizer
-from vtrain.visual.preprocess import center_crop_resize, load_image, to_tensor
+from vtrain.visual.preprocess import adm_center_crop, center_crop_resize, load_image, to_tensor
+from vtrain.visual.tokenizer import save_image_tokenizer
 
 IMAGES = 23
 
@@ -144,9 +148,16 @@ def write_parquet(inputs: Path, folder: Path, lines: list[dict]) -> list[str]:
     return [f"input.records={folder / 'a.parquet'}", "input.images=", "input.fields.image=jpg"]
 
 
+def write_simplear(inputs: Path, folder: Path, lines: list[dict]) -> list[str]:
+    entries = [{"image_path": line["image"], "caption": line["caption"]} for line in lines]
+    (folder / "list.json").write_text(json.dumps(entries))
+    return [f"input.records={folder / 'list.json'}"]
+
+
 WRITERS = {
     "llava": write_llava,
     "parquet": write_parquet,
+    "simplear": write_simplear,
     "vgt": write_vgt,
     "webdataset": write_webdataset,
     "webdataset, compressed": write_compressed,
@@ -217,6 +228,88 @@ def test_streams_after_a_kill(damaged_stream, damaged, tmp_path):
     assert list((tmp_path / "killed" / "progress").iterdir())
     run(damaged, tmp_path / "killed", *overrides)
     assert tree(tmp_path / "killed") == tree(one)
+
+
+@pytest.fixture
+def seven(damaged) -> list[str]:
+    """Seven pictures in SimpleAR's form, the fourth of them broken; the overrides that name them."""
+    entries = [{"image_path": f"{i}.png", "caption": f"a red square. The {i}th."} for i in range(7)]
+    (damaged / "images" / "2.png").write_bytes((damaged / "images" / "1.png").read_bytes())  # there again
+    (damaged / "seven.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (damaged / "mix.yaml").write_text("datasets: [{json_path: seven.jsonl, sampling_strategy: 'first:99%'}]")
+    options = ["crop=adm", "kind=simplear", f"records={damaged / 'mix.yaml'}", "resolution=20"]
+    return [*(f"input.{option}" for option in options), "extract.samples_per_shard=2", "extract.short_captions=true",
+            "extract.caption_space=true"]  # fmt: skip
+
+
+def test_seven_pictures_on_two_ranks_after_a_kill(seven, damaged, tmp_path):
+    out = tmp_path / "out"
+    fault = {"VTRAIN_FAILPOINT": "rename:shard.vts#3:kill"}
+    assert run_once("extract", extract_arguments(damaged, out, *seven), tmp_path / "log", **fault).code == -9
+    assert len(list((out / "progress").iterdir())) == 2
+    assert not list(out.glob("manifest-*"))
+    run_ranks(2, run, damaged, out, *seven)
+    run(damaged, tmp_path / "undisturbed", *seven)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+    dataset, kept = Dataset(out), [0, 1, 2, 4, 5, 6]
+    assert dataset.keys(np.arange(len(dataset))).tolist() == [stable_key(f"{i}.png") for i in kept]
+    (skipped,) = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert skipped["name"] == "[0] seven.jsonl:4"
+    assert skipped["reason"].endswith("3.png: cannot read the image: the file is empty")
+
+
+def test_the_adm_crop_short_captions_and_a_space(seven, damaged, tmp_path):
+    run(damaged, tmp_path / "out", *seven)
+    dataset, image = Dataset(tmp_path / "out"), load_image_tokenizer(damaged / "vq")
+    text = load_text_tokenizer(tmp_path / "out" / "text_tokenizer")
+    assert dataset.schema.text == {"caption_space": True}
+    assert dataset.schema.image == {"resolution": 20, "downscale": 4, "crop": "adm"}
+    others = 0
+    for sample, i in enumerate([0, 1, 2, 4, 5, 6]):
+        ids, segments = dataset.read([sample])[0], dataset.segments([sample])[0]
+        short, whole, codes = np.split(ids, segments["start"][1:])
+        assert short.tolist() == text.encode(" a red square.")
+        assert whole.tolist() == text.encode(f" a red square. The {i}th.")
+        assert segments["variant"].tolist() == [0, 1, 0]
+        picture = load_image(damaged / "images" / f"{i}.png")
+        pixels = adm_center_crop(picture, 20)
+        assert (codes - text.vocab_size).tolist() == image.encode(to_tensor(pixels)[None]).flatten().tolist()
+        others += not np.array_equal(pixels, center_crop_resize(picture, 20))
+    assert others
+
+
+@pytest.mark.slow
+def test_a_cosmos_tokenizer(seven, damaged, tmp_path):
+    folder = damaged / "cosmos"
+    save_image_tokenizer(folder, DV, random_tensors(DV, dtype=torch.float32))
+    ways = {
+        "folded": ([], {}),
+        "plain": (["tokenizer.fold=false"], {"fold": False}),
+        "coarse": (["extract.dtype=bf16"], {"dtype": torch.bfloat16}),
+    }
+    pixels = [adm_center_crop(load_image(damaged / "images" / f"{i}.png"), 32) for i in (0, 1, 2, 4, 5, 6)]
+    found = {}
+    for name, (overrides, options) in ways.items():
+        run(damaged, tmp_path / name, *seven, "input.resolution=32", f"tokenizer.image={folder}", *overrides)
+        dataset, image = Dataset(tmp_path / name), load_image_tokenizer(folder, **options)
+        assert dataset.schema.image_tokenizer == image.sha256
+        assert dataset.schema.vocab["visual"].size == 64000
+        ids, segments = dataset.read(np.arange(6))[0], dataset.segments(np.arange(6))[0]
+        assert segments[["h", "w"]][2::3].tolist() == [(2, 2)] * 6
+        found[name] = ids[ids >= dataset.schema.vocab["visual"].base] - dataset.schema.vocab["visual"].base
+        expected = image.encode(to_tensor(np.stack(pixels))).flatten().numpy()
+        assert (found[name] == expected).mean() > 0.9  # in other batches; a code at a rounding edge may differ
+    assert (found["folded"] == found["plain"]).mean() > 0.9
+    assert 0 < (found["folded"] != found["coarse"]).mean() < 1
+
+
+def test_short_captions_of_one_caption_only(inputs, tmp_path):
+    captions = [["one. two."], ["one. two.", "three"], ["no stop"], ["one."]]
+    lines = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(captions)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(inputs, tmp_path / "out", f"input.records={tmp_path / 'captions.jsonl'}", "extract.short_captions=true")
+    expected = [["one.", "one. two."], ["one. two.", "three"], ["no stop"], ["one."]]
+    assert [texts for texts, _ in contents(tmp_path / "out", 3)] == expected
 
 
 def test_records_of_no_or_several_pictures_are_left_out(inputs, tmp_path):
@@ -378,6 +471,11 @@ def test_a_second_run_does_nothing(inputs, finished, capsys):
         ("extract.samples_per_shard=6", "samples_per_shard 5, now 6"),
         ("input.filter=nearest", 'filter "bicubic", now "nearest"'),
         ('tokenizer.specials=["<|t2i|>"]', "vocab [["),
+        ("input.crop=adm", 'crop null, now "adm"; filter "bicubic", now null'),
+        ("extract.dtype=bf16", 'dtype null, now "bf16"'),
+        ("tokenizer.fold=false", "fold null, now false"),
+        ("extract.short_captions=true", "short_captions null, now true"),
+        ("extract.caption_space=true", "caption_space null, now true"),
     ],
 )
 def test_other_settings_are_refused(override, said, inputs, finished, tmp_path):
@@ -387,6 +485,17 @@ def test_other_settings_are_refused(override, said, inputs, finished, tmp_path):
     assert said in str(error.value)
     assert str(finished / "extract.json") in str(error.value)
     assert tree(finished) == before
+
+
+def test_a_dataset_of_before_these_keys_is_still_the_same(finished):
+    """What extract.json and the schema have held from the first: further keys are there only where they are set."""
+    keys = {"vocab", "specials", "text_tokenizer", "image_tokenizer", "resolution", "downscale", "filter",
+            "input.kind", "input.records", "input.fields", "samples_per_shard"}  # fmt: skip
+    assert json.loads((finished / "extract.json").read_text()).keys() == keys
+    schema = Dataset(finished).schema.to_json()
+    assert schema.keys() == {"vocab", "specials", "text_tokenizer", "image_tokenizer", "image", "modalities", "roles",
+                             "segment_flags"}  # fmt: skip
+    assert schema["image"] == {"resolution": 16, "downscale": 4, "filter": "bicubic"}
 
 
 def test_another_tokenizer_and_other_captions_are_refused(inputs, finished, tmp_path):

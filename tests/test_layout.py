@@ -196,7 +196,7 @@ def test_a_recipe_names_its_command_and_loads(name):
     found = re.fullmatch(r"# torchrun -m vtrain\.(\w+) --cfg (\S+)", first)
     assert found, f"{first!r}; expected how it is run"
     assert found[2] == name
-    config.load(COMMANDS[found[1]], name)
+    config.load_stages(COMMANDS[found[1]], name)
 
 
 def test_the_recipes_are_where_they_are_looked_for():

@@ -83,15 +83,20 @@ def test_lines_with_settings_name_keys_that_exist():
         if cfg in config.recipes():
             keys = [word for word in words if "=" in word]
             try:
-                config.load(COMMANDS[words[0].removeprefix("vtrain.")], cfg, keys)
+                config.load_stages(COMMANDS[words[0].removeprefix("vtrain.")], cfg, keys)
             except ValueError as error:
                 pytest.fail(f"{where}\n{error}")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "toml")])
-def test_configurations_load(page):
+def test_configurations_load(page, tmp_path):
     for _, block in fences(page, "toml"):
-        config.build(PretrainSettings, NEEDED | tomllib.loads(block))
+        given = tomllib.loads(block)
+        if "stage" in given:  # a whole file
+            (tmp_path / "stages.toml").write_text(block)
+            config.load_stages(PretrainSettings, tmp_path / "stages.toml")
+        else:
+            config.build(PretrainSettings, NEEDED | given)
 
 
 def test_links_lead_somewhere():

@@ -300,8 +300,24 @@ def test_stats_prints_draws_and_gives_json(made, tmp_path, capsys):
     assert len(read["forecasts"]) == 3
 
 
+def test_a_dataset_is_exported(made, tmp_path, capsys):
+    arguments = ["export", "simplear", str(made[0]), "--out", str(tmp_path), "--name", "d", "--root", "there"]
+    assert main(arguments) == 0
+    meta = tmp_path / "d_8_5_meta.json"
+    assert capsys.readouterr().out == f"{meta}: 5 pictures\n"
+    entries = json.loads(meta.read_text())
+    assert entries[4] == {"code_path": "there/d/8_codes/4.npy", "label_path": "there/d/8_labels/4.npy"}
+    assert np.array_equal(np.load(tmp_path / "d/8_codes/4.npy")[0, 0], made[1][4])
+    assert (tmp_path / "d/8_labels/4.npy").read_text() == CAPTIONS[4]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{meta}: 5 pictures: complete already\n"
+    assert main([*arguments, "--resolution", "16"]) == 2
+    assert capsys.readouterr().err.startswith("error: export simplear: resolution is 16; ")
+
+
 def test_every_command_teaches(capsys):
-    for command in ([], ["inspect"], ["stats"], ["verify"], ["build"], ["append"], ["merge"], ["exclude"], ["shuffle"]):
+    names = ["inspect", "stats", "verify", "import", "export", "build", "append", "merge", "exclude", "shuffle"]
+    for command in ([], *([name] for name in names)):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])
         assert ended.value.code == 0

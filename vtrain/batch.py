@@ -86,12 +86,12 @@ class PackedBatch:
     upper bound of the lengths, a host integer; kv_lo, kv_hi int32[T] or None: a query attends keys in [kv_lo, kv_hi),
     None = causal in the document; doc_keys int64[S] (the bits of u64 keys); slots by name.
     segments int32[M, 8] or None: first row, tokens, modality, role, t, h, w, document; -1 where there are fewer.
-    rows_by_class int32 or None: rows grouped by the vocabulary range of their label, range r at class_cu[r]:
-    class_cu[r+1] (int32[R+1]), each group filled up to whole blocks of 512 with T, as is the rest.
+    rows_by_class int32 or None: the scored rows grouped by the vocabulary range of their label, range r at class_cu[r]:
+    class_cu[r+1], each group filled up to whole blocks of 512 with T, as is the rest.
     kernel_tables: {argument of an op: int32 tensors}, work lists that the loader's `prepare` made on the host.
     Host only: lengths int64[documents] of the real documents; tokens, their sum; scored, the number of labels; counts
     {name: sum of label weights}: "next_token" over all labels and one entry per vocabulary range; sources int32[S] (-1
-    for padding).
+    for padding); class_cu int32[R+1], with rows_by_class.
     """
 
     ids: torch.Tensor
@@ -106,13 +106,13 @@ class PackedBatch:
     slots: dict[str, Slots] = field(default_factory=dict)
     segments: torch.Tensor | None = None
     rows_by_class: torch.Tensor | None = None
-    class_cu: torch.Tensor | None = None
     kernel_tables: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tokens: int = 0
     scored: int = 0
     counts: dict[str, float] = field(default_factory=dict)
     sources: np.ndarray | None = None
+    class_cu: np.ndarray | None = None
 
     @staticmethod
     def build(
@@ -123,12 +123,13 @@ class PackedBatch:
         max_documents: int | None = None,
         weighted: bool = False,
         caps: tuple[int, int] | None = None,
+        tables: Sequence[str] = (),
     ) -> PackedBatch:
         """Lay documents end to end and pad to `pack_tokens` tokens and `max_documents` sequences (None = just enough).
 
         ValueError where they do not fit, or naming the document that has an id outside the vocabulary. `weighted` keeps
         the weights tensor even where all are 1, so that all micro-batches of a run have the same form. caps: slot rows
-        and slot segments of the batch.
+        and slot segments of the batch. tables: "rows_by_class" or nothing.
         """
         lengths = np.array([len(d) for d in documents], dtype=np.int64)
         tokens = int(lengths.sum())
@@ -150,7 +151,7 @@ class PackedBatch:
             bins.flat_weights[own] = 1.0 if d.loss is None else d.loss
             if d.labels is not None:
                 bins.flat_labels[own] = d.labels
-        [batch] = bins.finish(vocab, weighted)
+        [batch] = bins.finish(vocab, weighted, tables)
         for d, start in zip(documents, bins.rows.tolist()):
             if d.positions is not None:
                 batch.positions[start : start + len(d)] = torch.from_numpy(np.asarray(d.positions, dtype=np.int32))
@@ -233,8 +234,9 @@ class Bins:
             "doc_keys": self._keys,
             "weights": self._weights,
         }
+        class_cu = [None] * len(self.documents)
         if "rows_by_class" in tables:
-            columns["rows_by_class"], columns["class_cu"] = self._rows_by_class(vocab)
+            columns["rows_by_class"], class_cu = self._rows_by_class(vocab)
         longest = self.T - self.tokens  # the tail is a document, too
         np.maximum.at(longest, self.bin_of, self.lengths)
         first, names, sums = self.first.tolist(), ("next_token", *vocab.names), np.c_[counts.sum(axis=1), counts]
@@ -254,16 +256,18 @@ class Bins:
                     scored=labels,
                     counts=dict(zip(names, found)),
                     sources=self.sources[a],
+                    class_cu=class_cu[a],
                 )
             )
         return batches
 
-    def _rows_by_class(self, vocab: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows_by_class(self, vocab: Vocabulary) -> tuple[torch.Tensor, np.ndarray]:
         A, ranges = len(self.documents), len(vocab.ranges)
         room = -(-(self.T + ranges * (CLASS_BLOCK - 1)) // CLASS_BLOCK) * CLASS_BLOCK
-        (rows, row_tensor), (cu, cu_tensor) = self._take((A, room), np.int32), self._take((A, ranges + 1), np.int32)
+        rows, tensor = self._take((A, room), np.int32)
+        cu = np.empty((A, ranges + 1), np.int32)
         rows_by_class(self.flat_labels, self.T, vocab.bases, rows.reshape(-1), cu.reshape(-1))
-        return row_tensor, cu_tensor
+        return tensor, cu
 
     def _outside(self, document: int, vocab: Vocabulary) -> str:
         own = slice(self.rows[document], self.rows[document] + self.lengths[document])

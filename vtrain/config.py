@@ -1,21 +1,24 @@
 """Configuration: a TOML file or shipped recipe plus dotted overrides become frozen dataclasses, or one clear error.
 
 A settings class is a frozen, keyword-only dataclass. Its fields are keys (`key(default, "one line")`), sections
-(another such dataclass) or lists of tables (`tuple[Section, ...]`). `run_command` is the entry of every command.
+(another such dataclass) or lists of tables (`tuple[Section, ...]`). Files for a class that names `same_in_stages`, the
+keys and sections that all stages share, may have [[stage]] tables. `run_command` is the entry of every command.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import dis
 import json
 import math
 import os
+import re
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, is_dataclass
 from importlib import resources
 from itertools import pairwise
@@ -25,6 +28,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = MISSING  # as the default of a key: the user has to give it
 _NO_LIMITS = MappingProxyType({})
+_OF_ONE_STAGE = re.compile(r"\s*stage\.([1-9]\d*)\.(.*)", re.DOTALL)  # an override
 REPORT_DELAY = 3.0  # seconds; torchrun looks at its workers every 0.1 s
 
 
@@ -48,13 +52,78 @@ def load(cls: type, cfg: str | Path | None = None, overrides: Sequence[str] = ()
 
     Raises ConfigError with one line per problem: where, what was found, what was expected.
     """
+    stages = load_stages(cls, cfg, overrides)
+    if len(stages) > 1:
+        raise ConfigError(f"{cfg}: has {len(stages)} [[stage]] tables; expected one set of keys")
+    return stages[0]
+
+
+def load_stages(cls: type, cfg: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Any]:
+    """Like `load`, an instance for every [[stage]] of the file, or the only one where there is no such table.
+
+    A stage has the file's keys with those of its table in their place: tables are merged, lists replaced. An override
+    holds for all stages, `stage.1.section.key=value` for the first alone.
+    """
     where, tree = ("settings", {}) if cfg is None else _read(str(cfg))
-    for override in overrides:
+    tables = _stage_tables(cls, tree, where)
+    trees = [_merged(tree, table) for table in tables] or [tree]
+    for override in sorted(overrides, key=lambda text: text.lstrip().startswith("stage.")):  # one stage's come last
         try:
-            _apply_override(cls, tree, override)
+            targets, plain = _targets(cls, trees, override, len(tables))
+            for target in targets:
+                _apply_override(cls, target, plain)
         except ConfigError as error:
             raise ConfigError(f"override {override}: {error}") from None
-    return build(cls, tree, where)
+    places = [f"{where}: stage {number}" for number in range(1, len(tables) + 1)] or [where]
+    stages = [build(cls, *pair) for pair in zip(trees, places)]
+    if len(stages) > 1:
+        _check_shared(stages, places, cls.same_in_stages)
+    return stages
+
+
+def _stage_tables(cls: type, tree: dict, where: str) -> list[dict]:
+    """Takes [[stage]] out of the tree of a file; empty where there is none."""
+    tables = tree.pop("stage", [])
+    if tables and not hasattr(cls, "same_in_stages"):
+        raise ConfigError(f"{where}: [[stage]]: this command has no stages; expected one set of keys")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{where}: stage is {_short(tables)}; expected [[stage]] tables")
+    return tables
+
+
+def _merged(tree: dict, table: dict) -> dict:
+    """A copy of `tree` with the keys of `table` in it: tables are merged, all else is replaced."""
+    merged = copy.deepcopy(tree)
+    for name, value in table.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _targets(cls: type, trees: list[dict], override: str, stages: int) -> tuple[list[dict], str]:
+    """(the trees that an override is for, the override without `stage.N.`)."""
+    if not (hasattr(cls, "same_in_stages") and override.lstrip().startswith("stage.")):
+        return trees, override
+    found = _OF_ONE_STAGE.match(override)
+    if not found:
+        raise ConfigError("expected stage.N.section.key=value, N from 1")
+    if not 1 <= int(found[1]) <= stages:
+        raise ConfigError(f"the file has {stages} [[stage]] tables")
+    return [trees[int(found[1]) - 1]], found[2]
+
+
+def _check_shared(stages: list[Any], places: list[str], shared: tuple[str, ...]) -> None:
+    """ConfigError where a key that is in `shared`, or whose section is, differs from stage to stage."""
+    first, *others = (dict(_flat(_plain(stage))) for stage in stages)
+    problems = [
+        f"{place}: {name} is {_short(values.get(name, 'none'))}; "
+        f"expected {_short(first.get(name, 'none'))} as in stage 1"
+        for place, values in zip(places[1:], others)
+        for name in dict.fromkeys([*first, *values])
+        if f"{name}.".startswith(tuple(f"{path}." for path in shared)) and values.get(name) != first.get(name)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def build(cls: type, tree: dict, where: str = "settings") -> Any:
@@ -280,18 +349,78 @@ def _parse_value(kind: Any, text: str) -> Any:
 
 def dump(settings: Any) -> str:
     """The resolved settings as TOML; `load` of it gives an equal instance. Keys that are None are left out."""
-    return "\n".join(_dump_table(settings, "")).lstrip("\n") + "\n"
+    return _toml(_plain(settings))
 
 
-def _dump_table(table: Any, path: str) -> Iterator[str]:
-    values = [(f.name, getattr(table, f.name)) for f in dataclasses.fields(table)]
-    inner = [(name, v) for name, v in values if is_dataclass(v) or (isinstance(v, tuple) and v and is_dataclass(v[0]))]
-    yield from (f"{name} = {toml_value(v)}" for name, v in values if v is not None and name not in dict(inner))
-    for name, value in inner:
+def dump_stages(stages: Sequence[Any]) -> str:
+    """The resolved settings of all stages as TOML; `load_stages` of it gives equal ones.
+
+    What all stages have in common comes first, then what each has of its own.
+    """
+    if len(stages) == 1:
+        return dump(stages[0])
+    trees = [_plain(stage) for stage in stages]
+    common = _common(trees)
+    return _toml({**common, "stage": [_without(tree, common) for tree in trees]})
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Settings as TOML has them: nested dicts, lists; no key that is None."""
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            tree[f.name] = _plain(value)
+        elif value is not None:
+            is_tables = isinstance(value, tuple) and value and is_dataclass(value[0])
+            tree[f.name] = [_plain(table) for table in value] if is_tables else value
+    return tree
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all keys; a list of tables is one value."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, _join(path, name))
+        else:
+            yield _join(path, name), value
+
+
+def _common(trees: Sequence[dict]) -> dict[str, Any]:
+    """The keys that all trees have with the same value."""
+    first, *others = trees
+    common: dict[str, Any] = {}
+    for name, value in first.items():
+        theirs = [tree.get(name) for tree in others]
+        if isinstance(value, dict):
+            common[name] = _common([value, *theirs])
+        elif all(other == value for other in theirs):
+            common[name] = value
+    return common
+
+
+def _without(tree: dict, common: dict) -> dict[str, Any]:
+    """The tree without what is in `common`; no empty sections."""
+    rest = {
+        name: _without(value, common.get(name, {})) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if isinstance(value, dict) or name not in common
+    }
+    return {name: value for name, value in rest.items() if value != {}}
+
+
+def _toml(tree: dict) -> str:
+    return "\n".join(_toml_lines(tree, "")).lstrip("\n") + "\n"
+
+
+def _toml_lines(table: dict, path: str) -> Iterator[str]:
+    inner = {n: v for n, v in table.items() if isinstance(v, dict) or (isinstance(v, list) and v)}  # a list of tables
+    yield from (f"{name} = {toml_value(value)}" for name, value in table.items() if name not in inner)
+    for name, value in inner.items():
         here = _join(path, name)
-        for one in value if isinstance(value, tuple) else (value,):
-            yield f"\n[[{here}]]" if isinstance(value, tuple) else f"\n[{here}]"
-            yield from _dump_table(one, here)
+        for one in value if isinstance(value, list) else (value,):
+            yield f"\n[[{here}]]" if isinstance(value, list) else f"\n[{here}]"
+            yield from _toml_lines(one, here)
 
 
 def toml_value(value: Any) -> str:
@@ -364,14 +493,29 @@ def describe(kind: Any, limits: Any = _NO_LIMITS) -> str:
 _OPTIONS = """options:
   --cfg NAME|FILE   a TOML file, or a shipped recipe: {recipes}
   --dry-run         resolve the settings and the data, print the plan, do nothing
-  --help            this text
+{more}  --help            this text
   key=value         set one key, after the file: optim.lr=1e-4, data.sources.0.weight=2, train.trainable=["head.*"]
 """
 
+_STAGES = """
+stages:
+  A file may have [[stage]] tables, which are run one after the other. A stage has the keys of the file with those of
+  its table in their place: tables are merged ([stage.optim]), lists replaced ([[stage.data.sources]]).
+  stage.2.key=value sets a key of the second alone, key=value sets it for all.
+"""
 
-def run_command(cls: type, main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+
+def run_command(
+    cls: type,
+    main: Callable[..., Any],
+    argv: Sequence[str] | None = None,
+    *,
+    options: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """The shell side of a command: settings from `argv` (default: the process's), then `main(settings, dry_run=...)`.
 
+    `main` of a command that has stages takes the settings of each, `main(first, second, ..., dry_run=...)`.
+    options: {name: one line for --help} of further `--name VALUE`; those that are given go to `main` as strings.
     A mistake of the user's prints one `error: ...` line per problem and exits with 2: OSError, ConfigError and every
     ValueError that this project's code raises on purpose. Anything else keeps its traceback, and with
     VTRAIN_TRACEBACK=1 these do, too. Ctrl-C exits with 130.
@@ -379,10 +523,11 @@ def run_command(cls: type, main: Callable[..., Any], argv: Sequence[str] | None 
     try:
         arguments = sys.argv[1:] if argv is None else argv
         if {"--help", "-h"} & set(arguments):
-            print(help_text(cls, main), end="")
+            print(help_text(cls, main, options), end="")
             return
-        cfg, dry_run, overrides = _parse_arguments(arguments)
-        main(load(cls, cfg, overrides), dry_run=dry_run)
+        given, dry_run, overrides = _parse_arguments(arguments, ("cfg", *options))
+        cfg = given.pop("cfg", None)
+        main(*load_stages(cls, cfg, overrides), dry_run=dry_run, **given)
     except (ValueError, OSError) as error:
         if os.environ.get("VTRAIN_TRACEBACK") == "1" or not _is_user_error(error):
             raise
@@ -392,24 +537,27 @@ def run_command(cls: type, main: Callable[..., Any], argv: Sequence[str] | None 
         sys.exit(130)
 
 
-def _parse_arguments(arguments: Sequence[str]) -> tuple[str | None, bool, list[str]]:
-    """(cfg, dry_run, overrides). `--cfg X` and `--cfg=X` are the same."""
-    cfg, dry_run, overrides = None, False, []
+def _parse_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], bool, list[str]]:
+    """({name: value} of the options that are given, dry_run, overrides). `--cfg X` and `--cfg=X` are the same."""
+    given: dict[str, str] = {}
+    dry_run, overrides = False, []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
         if argument == "--dry-run":
             dry_run = True
-        elif argument == "--cfg" or argument.startswith("--cfg="):
-            if cfg is not None or (argument == "--cfg" and not rest):
-                raise ConfigError("--cfg: expected one file or recipe name")
-            cfg = argument.removeprefix("--cfg=") if "=" in argument else rest.pop(0)
+        elif argument.startswith("--") and name in names:
+            if name in given or not (equals or rest):
+                raise ConfigError(f"--{name}: expected one {'file or recipe name' if name == 'cfg' else 'value'}")
+            given[name] = value if equals else rest.pop(0)
         elif argument.startswith("-"):
-            hint = f"; a key is set without dashes: {argument.lstrip('-')}" if "=" in argument else ""
-            raise ConfigError(f"unknown option {argument}; expected --cfg, --dry-run, --help or key=value{hint}")
+            known = ", ".join(f"--{option}" for option in (*names, "dry-run", "help"))
+            hint = f"; a key is set without dashes: {argument.lstrip('-')}" if equals else ""
+            raise ConfigError(f"unknown option {argument}; expected {known} or key=value{hint}")
         else:
             overrides.append(argument)
-    return cfg, dry_run, overrides
+    return given, dry_run, overrides
 
 
 def _is_user_error(error: Exception) -> bool:
@@ -435,14 +583,17 @@ def _report(error: Exception) -> None:
         print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
 
 
-def help_text(cls: type, main: Callable[..., Any]) -> str:
+def help_text(cls: type, main: Callable[..., Any], options: Mapping[str, str] = MappingProxyType({})) -> str:
     """What --help prints: usage, the command's own words, options, and every key with type, default and one line."""
     module = sys.modules[main.__module__]
     program = f"torchrun -m {module.__spec__.name}" if module.__spec__ else f"python {Path(module.__file__).name}"
     parts = [
         f"usage: {program} [--cfg NAME|FILE] [--dry-run] [key=value ...]",
         (module.__doc__ or "").strip(),
-        _OPTIONS.format(recipes=", ".join(recipes())),
+        (_OPTIONS + (_STAGES if hasattr(cls, "same_in_stages") else "")).format(
+            recipes=", ".join(recipes()),
+            more="".join(f"  {f'--{name} {name.upper()}':<17} {doc}\n" for name, doc in options.items()),
+        ),
     ]
     for section in sections(cls):
         lines = [f"  {k.path} ({k.type}, {_default_words(k)})\n      {k.doc}" for k in section.keys]

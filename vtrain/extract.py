@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -32,21 +32,28 @@ from vtrain.data.reader import Dataset
 from vtrain.data.samples import cumulative
 from vtrain.data.schema import Modality, Role, Schema
 from vtrain.data.sources import Record, Skipped, Source, Unit, open_source
+from vtrain.data.sources.captions import short_and_whole, spaced
 from vtrain.dist.comm import max_over_ranks, raise_together, sum_over_ranks
 from vtrain.dist.mesh import set_threads, world
 from vtrain.settings import ExtractSettings
 from vtrain.text import TextTokenizer, load_text_tokenizer
 from vtrain.visual import ImageTokenizer, load_image_tokenizer
-from vtrain.visual.preprocess import center_crop_resize, load_image
+from vtrain.visual.preprocess import load_image, square
 from vtrain.vocab import Vocabulary
 
 DESCRIBED_WIDTH = 200  # letters that are shown of the first caption and of its ids
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK_TIMEOUT_S = 30 * 24 * 3600.0  # ranks wait for the slowest only once, at the end
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is encoded and how. A unit of the source, about samples_per_shard records, becomes one shard."""
+    """What is encoded and how. A unit of the source, about samples_per_shard records, becomes one shard.
+
+    crop, filter: see vtrain.visual.preprocess.square. short_captions, caption_space: see Extract in vtrain.settings.
+    computed: how the image tokenizer was loaded where that was not as usual, such as {"dtype": "bf16"}: it may change
+    a code.
+    """
 
     source: Source
     text: TextTokenizer
@@ -55,6 +62,10 @@ class Job:
     filter: str
     samples_per_shard: int
     batch_size: int
+    crop: str = "center"
+    short_captions: bool = False
+    caption_space: bool = False
+    computed: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.resolution <= 0 or self.resolution % self.image.downscale:
@@ -69,17 +80,28 @@ class Job:
             specials={name: self.text.special_id(name) for name in self.text.specials},
             text_tokenizer=self.text.sha256,
             image_tokenizer=self.image.sha256,
-            image={"resolution": self.resolution, "downscale": self.image.downscale, "filter": self.filter},
+            image={
+                "resolution": self.resolution,
+                "downscale": self.image.downscale,
+                **({"filter": self.filter} if self.crop == "center" else {"crop": self.crop}),
+            },
+            text={"caption_space": True} if self.caption_space else {},
         )
 
     @cached_property
     def identity(self) -> dict:
-        """All that decides which sample stands where and what its ids mean; no paths, so that a folder can move."""
+        """All that decides which sample stands where and what its ids mean; no paths, so that a folder can move.
+
+        What is as it was before a key existed is not in it: a dataset that was begun then goes on.
+        """
         schema = self.schema.to_json()
         keys = ("vocab", "specials", "text_tokenizer", "image_tokenizer")
         return {
             **{key: schema[key] for key in keys},
             **schema["image"],
+            **schema.get("text", {}),
+            **({"short_captions": True} if self.short_captions else {}),
+            **self.computed,
             **{f"input.{key}": value for key, value in self.source.fingerprint().items()},
             "samples_per_shard": self.samples_per_shard,
         }
@@ -112,7 +134,15 @@ class Job:
             return f"{record.name!r}, skipped: {_cut(record.reason)}"
         if not record.captions:
             return f"{record.name!r}, no caption"
-        return f"{record.name!r}, {_cut(repr(record.captions[0]))} -> {_cut(str(self.text.encode(record.captions[0])))}"
+        caption = self.captions(record)[0]
+        return f"{record.name!r}, {_cut(repr(caption))} -> {_cut(str(self.text.encode(caption)))}"
+
+    def captions(self, record: Record) -> list[str]:
+        """The texts that are encoded, a variant each."""
+        found = list(record.captions)
+        if self.short_captions and len(found) == 1:
+            found = short_and_whole(found[0])
+        return list(map(spaced, found)) if self.caption_space else found
 
 
 @dataclass(frozen=True)
@@ -235,10 +265,10 @@ def _prepare(job: Job, record: Record | Skipped | None) -> _Prepared | None:
     try:
         source = record.only_image()
         image = load_image(source, name=record.name if isinstance(source, bytes) else "")
-        pixels = center_crop_resize(image, job.resolution, job.filter)
+        pixels = square(image, job.resolution, job.crop, job.filter)
     except (ValueError, OSError) as error:
         return _Prepared(record, None, reason=str(error).removeprefix(f"{record.name}: "))
-    return _Prepared(record, pixels, tuple(np.array(job.text.encode(c), dtype=np.int64) for c in record.captions))
+    return _Prepared(record, pixels, tuple(np.array(job.text.encode(c), dtype=np.int64) for c in job.captions(record)))
 
 
 def _encode_unit(
@@ -271,15 +301,14 @@ def _samples(job: Job, batch: list[_Prepared]) -> tuple[np.ndarray, np.ndarray, 
     picture = np.zeros((), dtype=SEGMENT)
     picture["modality"], picture["role"] = Modality.IMAGE, Role.TARGET
     picture["t"], picture["h"], picture["w"] = 1, *codes.shape[1:]
-    for field in ("modality", "role", "variant", "t", "h", "w"):
-        segments[field][segment_cu[1:] - 1] = picture[field]
+    for name in ("modality", "role", "variant", "t", "h", "w"):
+        segments[name][segment_cu[1:] - 1] = picture[name]
     return np.concatenate(pieces), offsets, segments, segment_cu
 
 
 def _encode_pixels(image: ImageTokenizer, pixels: np.ndarray) -> np.ndarray:
     """uint8 [B,H,W,3] -> int64 [B,h,w]; the bytes travel to the device, the floats are made there."""
-    device = next(image.model.parameters()).device
-    on_device = torch.from_numpy(pixels).to(device, non_blocking=True)
+    on_device = torch.from_numpy(pixels).to(image.device, non_blocking=True)
     return image.encode(on_device.permute(0, 3, 1, 2).float() / 127.5 - 1.0).cpu().numpy()
 
 
@@ -287,15 +316,21 @@ def main(settings: ExtractSettings, dry_run: bool = False) -> None:
     set_threads(settings.run.threads)
     given, cut = settings.input, settings.extract
     with world(settings.run.device, timeout_s=RANK_TIMEOUT_S) as here:
-        image = load_image_tokenizer(settings.tokenizer.image, here.device)
+        image = load_image_tokenizer(
+            settings.tokenizer.image, here.device, dtype=DTYPES[cut.dtype], fold=settings.tokenizer.fold
+        )
         job = Job(
             source=open_source(**given.options()),
             text=load_text_tokenizer(settings.tokenizer.text, settings.tokenizer.specials),
             image=image,
-            resolution=given.resolution or image.config.resolution,
+            resolution=given.resolution or image.resolution,
             filter=given.filter,
             samples_per_shard=cut.samples_per_shard,
             batch_size=cut.batch_size,
+            crop=given.crop,
+            short_captions=cut.short_captions,
+            caption_space=cut.caption_space,
+            computed=_unusual(settings),
         )
         if here.main:
             print(job.describe(), flush=True)
@@ -307,6 +342,12 @@ def main(settings: ExtractSettings, dry_run: bool = False) -> None:
         )
         if here.main:
             print(_closing_words(out, report), flush=True)
+
+
+def _unusual(settings: ExtractSettings) -> dict[str, object]:
+    """How the image tokenizer computes, where that is not as it is by default."""
+    dtype = {} if settings.extract.dtype == "fp32" else {"dtype": settings.extract.dtype}
+    return dtype if settings.tokenizer.fold else {**dtype, "fold": False}
 
 
 def _closing_words(out: Path, report: Report) -> str:

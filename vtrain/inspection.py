@@ -53,6 +53,7 @@ def _schema_lines(schema: Schema) -> list[str]:
         f"text tokenizer   {schema.text_tokenizer or 'none'}",
         f"image tokenizer  {schema.image_tokenizer or 'none'}",
         f"image            {' '.join(f'{k}={v}' for k, v in sorted(schema.image.items())) or 'none'}",
+        *[f"captions         {' '.join(f'{k}={v}' for k, v in sorted(schema.text.items()))}"] * bool(schema.text),
         f"loss weights     {' '.join(f'{w:g}' for w in weights)}",
         f"columns          {' '.join(f'{name}:{dtype}' for name, dtype in schema.columns.items()) or 'none'}",
         f"labels           {'stored' if schema.labels else 'the next id'}",

@@ -12,6 +12,7 @@ from vtrain.config import REQUIRED, ConfigError, key
 
 COMPOSERS = ("text_to_image", "language_model", "chat")
 SPECIALS = ("<|t2i|>", "<|soi|>", "<|eoi|>", "<|pad|>")
+DTYPES = ("auto", "bf16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,10 @@ class Data:
     pack_tokens: int = key(4096, "tokens of a packed batch, the unit of memory", min=2)
     max_documents: int = key(0, "samples in a packed batch; 0 = pack_tokens // 16 + 2", min=0)
     drop_caption: float = key(0.1, "chance that a sample loses its caption (for guidance)", min=0, max=1)
-    text_weight: float = key(1.0, "loss weight of caption tokens; 0 = only codes are learned", min=0)
+    sample_short: bool = key(
+        True, "draw among all captions of a picture; false = the second of several (the long one in SimpleAR's data)"
+    )
+    prefixes: tuple[str, ...] = key((), "style openers, one of which is drawn and put before a caption")
     max_caption_tokens: int = key(0, "captions are cut to so many tokens; 0 = never", min=0)
     train_on: str = key("assistant", "turns of a chat that are learned", choices=("assistant", "all"))
     overlong: str = key("error", "a sample longer than pack_tokens", choices=("error", "drop", "split", "crop"))
@@ -106,9 +110,33 @@ class Data:
     )
     prefetch: int = key(2, "steps prepared ahead", min=0)
     readahead: int = key(0, "steps planned ahead whose samples are fetched from disk", min=0)
+    restart: bool = key(False, "a later stage begins its sources anew; false = it goes on where the last one stopped")
 
     def __post_init__(self) -> None:
         _check_names(self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """What a later stage takes over from the one before it ([[stage]])."""
+
+    weights: str = key("raw", "the last weights of the stage before, or their averages (optim.ema)",
+                       choices=("raw", "ema"))  # fmt: skip
+    drop: tuple[str, ...] = key((), "shell patterns of parameters of the stage before that are left behind")
+    new: tuple[str, ...] = key((), "shell patterns of parameters that begin anew")
+    optimizer: bool = key(False, "keep the optimizer's state, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What of a sequence is learned, and against what."""
+
+    text_weight: float = key(1.0, "loss weight of caption tokens; 0 = only codes are learned", min=0)
+    visual_softmax: str = key(
+        "full",
+        "codes are told from all ids, or from each other alone (another loss, 13-24 % less work)",
+        choices=("full", "visual_only"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +199,7 @@ class Train:
 class Parallel:
     """How a model is spread over ranks."""
 
-    dtype: str = key(
-        "auto", "what is computed in; auto = bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32")
-    )
+    dtype: str = key("auto", "what is computed in; auto = bf16 on a GPU, fp32 on a CPU", choices=DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +233,9 @@ class Sampling:
     temperature: float = key(1.0, "0 = always the likeliest token", min=0)
     top_k: int = key(0, "draw among the k likeliest tokens; 0 = all", min=0)
     top_p: float = key(1.0, "draw among the likeliest tokens that reach this probability", above=0, max=1)
+    repetition_penalty: float = key(1.0, "above 1, codes that are there already are less likely; 1 = off", above=0)
+    negative: str = key("", "what guidance leads away from, a prompt; empty = the prompt without a caption")
+    speculate: int = key(0, "codes guessed at a time and checked in one forward (Jacobi decoding); 0 = none", min=0)
     per_prompt: int = key(1, "pictures per prompt", min=1)
     batch_size: int = key(64, "pictures drawn at a time", min=1)
 
@@ -229,7 +258,9 @@ class PretrainSettings:
 
     run: TrainingRun
     model: Model
+    init: Init
     data: Data
+    loss: Loss
     eval: Eval
     optim: Optim
     train: Train
@@ -237,6 +268,9 @@ class PretrainSettings:
     checkpoint: Checkpoint
     log: Log
     sample: TrainingPictures
+
+    # One process runs all stages on one device into one folder; all draws have one seed.
+    same_in_stages = ("run", "parallel", "log.sinks", "checkpoint.resume")
 
     def __post_init__(self) -> None:
         if self.train.tokens_per_step % self.data.pack_tokens:
@@ -266,8 +300,8 @@ class Records:
 
     kind: str = key(
         "image_folder",
-        "a folder with or without JSONL, LLaVA's JSON, Parquet or Arrow tables, VGT's JSON, or tars",
-        choices=("image_folder", "llava", "parquet", "vgt", "webdataset"),
+        "a folder with or without JSONL; JSON of LLaVA, VGT or SimpleAR (also YAML); Parquet or Arrow tables; or tars",
+        choices=("image_folder", "llava", "parquet", "simplear", "vgt", "webdataset"),
     )
     records: str = key("", "the JSONL, JSON, tars or tables; of an image folder, empty = all images in it")
     images: str = key("", "the folder that image paths are relative to; empty = the folder of records")
@@ -284,7 +318,12 @@ class Records:
 class Images(Records):
     """Pictures with captions, and how they are prepared."""
 
-    filter: str = key("bicubic", "how small images are enlarged", choices=("nearest", "bicubic", "lanczos"))
+    crop: str = key(
+        "center",
+        "how a square is made: center = Lanczos, then the middle; adm = halved, bicubic, then the middle (SimpleAR)",
+        choices=("center", "adm"),
+    )
+    filter: str = key("bicubic", "how small images are enlarged (center)", choices=("nearest", "bicubic", "lanczos"))
     threads: int = key(4, "threads that read and resize", min=1)
 
 
@@ -378,9 +417,10 @@ class ExtractInput(Images):
 class Tokenizers:
     """What encodes images and captions; both are copied into the dataset."""
 
-    image: str = key(REQUIRED, "folder of the image tokenizer")
+    image: str = key(REQUIRED, "folder of the image tokenizer, one of vtrain.autoencoder or of Cosmos")
     text: str = key(REQUIRED, "file or folder of the text tokenizer")
     specials: tuple[str, ...] = key(SPECIALS, "tokens appended to the text tokenizer")
+    fold: bool = key(True, "compute single images in the exact 2-D form of a video tokenizer (Cosmos DV)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +428,9 @@ class Extract:
     """How the work is cut."""
 
     batch_size: int = key(64, "images encoded at a time", min=1)
+    dtype: str = key("fp32", "what the image tokenizer computes in", choices=("fp32", "bf16"))
+    short_captions: bool = key(False, "before a picture's only caption its first sentence is stored as another one")
+    caption_space: bool = key(False, "captions are encoded as after a word, with a space before: for data.prefixes")
     samples_per_shard: int = key(16384, "samples of a shard, the unit of work and of resuming", min=1)
 
 
@@ -406,15 +449,16 @@ class TrainedModel:
     """What draws the pictures."""
 
     path: str = key(REQUIRED, "a model folder, such as run.out/final of a training")
-    resolution: int = key(0, "side of the pictures it was trained on, in pixels; 0 = the image tokenizer's", min=0)
+    resolution: int = key(0, "side of the pictures in pixels; 0 = what it was trained on", min=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     """What is drawn: a file or a list."""
 
-    file: str = key("", "a text file with a prompt per line, or JSONL with the key prompt")
+    file: str = key("", "a text file with a prompt per line, JSONL with the key prompt, or what --bench takes")
     texts: tuple[str, ...] = key((), "the prompts themselves")
+    prefixes: tuple[str, ...] = key((), "style openers, one of which is drawn and put before a prompt")
 
     def __post_init__(self) -> None:
         if bool(self.file) == bool(self.texts):

@@ -5,6 +5,7 @@
     python -m vtrain.shards stats PATH                 lengths, modalities, compression, and a packing forecast
     python -m vtrain.shards verify PATH                every byte; exit code 1 if anything is wrong
     python -m vtrain.shards import KIND FILE... --out C   datasets that other programs tokenised become shards
+    python -m vtrain.shards export simplear A --out F  the way back: SimpleAR's codes, captions and meta file
     python -m vtrain.shards build FOLDER               list what finished writers have left in a folder
     python -m vtrain.shards append FOLDER SHARD...     list more shards at the end of a dataset
     python -m vtrain.shards merge A B --out C          one dataset that lists the shards of several
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from vtrain.config import load
 from vtrain.data import edit, exclude, manifest
+from vtrain.data.export_simplear import export_simplear
 from vtrain.data.format import STORES
 from vtrain.data.importers import IMPORTERS, SAMPLES_PER_SHARD, Options, add_options, import_tokens
 from vtrain.data.reader import Dataset, Shard
@@ -181,6 +183,21 @@ def run_import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write a dataset as the files of another program."""
+    with progress_bar("export", "sample") as progress:
+        done = export_simplear(
+            arguments.source,
+            arguments.out,
+            name=arguments.name,
+            resolution=arguments.resolution,
+            root=arguments.root,
+            progress=progress,
+        )
+    print(f"{done.meta}: {done.pictures} pictures" + ("" if done.written else ": complete already"))
+    return 0
+
+
 def _print_some(what: str, names: Sequence[str]) -> None:
     for name in names[:SHOWN]:
         print(f"{what}: {name}")
@@ -260,6 +277,7 @@ def parser() -> argparse.ArgumentParser:
         _add_stats,
         _add_verify,
         _add_import,
+        _add_export,
         _add_build,
         _add_append,
         _add_merge,
@@ -353,6 +371,25 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--max-skipped", type=int, default=-1, metavar="N", help="more is an error (default: none is)")
     add_options(command)
     command.set_defaults(run=run_import)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "export",
+        "a dataset becomes files of another program",
+        "  export simplear A --out F    F/NAME/512_codes/0.npy, F/NAME/512_labels/0.npy (text), and the list of them,\n"
+        "                               F/NAME_512_<count>_meta.json\n\n"
+        "Files have the numbers of the samples; excluded ones are left out. Nothing is written where a sample is not\n"
+        "one picture with captions that can be decoded. A run that was killed goes on when it is started again.",
+    )
+    command.add_argument("kind", choices=("simplear",))
+    command.add_argument("source", type=Path, help="dataset folder or manifest")
+    command.add_argument("--out", type=Path, required=True, help="folder that the tree and its meta file come to")
+    command.add_argument("--name", default="", help="what the tree is called (default: as the dataset's folder)")
+    command.add_argument("--resolution", type=int, metavar="N", help="pixels of a side, if the dataset does not say")
+    command.add_argument("--root", default="", help="what paths in the meta file begin with (default: its own folder)")
+    command.set_defaults(run=run_export)
 
 
 def _add_build(commands: argparse._SubParsersAction) -> None:

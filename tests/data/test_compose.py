@@ -8,9 +8,10 @@ from memory_dataset import SCHEMA, SPECIALS, VOCAB, MemoryDataset, StoredSample,
 
 from vtrain.batch import PackedBatch
 from vtrain.data.compose import Chat, LanguageModel, TextToImage, make_composer
-from vtrain.data.format import Modality, Role
+from vtrain.data.format import Modality, Role, Schema
 from vtrain.data.samples import pack_runs
 from vtrain.rng import fold, uniform
+from vtrain.vocab import Vocabulary
 
 T2I, SOI = SPECIALS["<|t2i|>"], SPECIALS["<|soi|>"]
 
@@ -20,7 +21,7 @@ def draw(composer: TextToImage, epoch: int, key: int, field: str) -> float:
 
 
 def slow_text_to_image(composer: TextToImage, sample: StoredSample, epoch: int) -> tuple[list[int], list[float]]:
-    """Ids and loss weights of one sample by the sentence in the class's docstring."""
+    """Ids and loss weights of one sample by the sentences in the class's docstring."""
     captions, codes, start = [], None, 0
     for length, modality, role in sample.segments:
         piece, start = sample.ids[start : start + length], start + length
@@ -28,11 +29,15 @@ def slow_text_to_image(composer: TextToImage, sample: StoredSample, epoch: int) 
             captions.append(piece)
         if modality == Modality.IMAGE and role == Role.TARGET:
             codes = piece
-    caption = []
+    prefix, caption = [], []
     if captions and draw(composer, epoch, sample.key, "drop_caption") >= composer.drop_caption:
         caption = captions[int(draw(composer, epoch, sample.key, "caption") * len(captions))]
+        if not composer.sample_short:
+            caption = captions[1] if len(captions) > 1 else captions[0]
         caption = caption[: composer.max_caption_tokens or None]
-    ids = [T2I, *caption, SOI, *codes]
+        if composer.prefixes:
+            prefix = composer.prefixes[int(draw(composer, epoch, sample.key, "prefix") * len(composer.prefixes))]
+    ids = [T2I, *prefix, *caption, SOI, *codes]
     return ids, [composer.text_weight] * (len(ids) - len(codes)) + [1.0] * len(codes)
 
 
@@ -43,12 +48,14 @@ def slow_text_to_image(composer: TextToImage, sample: StoredSample, epoch: int) 
     drop=st.sampled_from([0.0, 0.3, 1.0]),
     weight=st.sampled_from([0.0, 0.5, 1.0]),
     limit=st.integers(0, 4),
+    short=st.booleans(),
+    prefixes=st.lists(st.lists(st.integers(0, 199), max_size=5).map(tuple), max_size=4).map(tuple),
     epoch=st.integers(0, 3),
     order=st.randoms(use_true_random=False),
 )
-def test_text_to_image_equals_the_slow_composer(captions, codes, drop, weight, limit, epoch, order):
+def test_text_to_image_equals_the_slow_composer(captions, codes, drop, weight, limit, short, prefixes, epoch, order):
     dataset = pictures(captions, codes)
-    composer = TextToImage(seed=4, drop_caption=drop, text_weight=weight, max_caption_tokens=limit)
+    composer = TextToImage(4, drop, weight, limit, short, prefixes)
     indices = np.array([order.randrange(len(captions)) for _ in range(order.randrange(20))], dtype=np.int64)
     made = documents(composer, dataset, indices, epoch)
     lengths = composer.lengths(dataset, indices, epoch)
@@ -94,6 +101,75 @@ def test_captions_are_dropped_and_chosen_at_the_right_rates():
     assert abs(both - n * rate**2) < 4.5 * np.sqrt(n * rate**2)
     other_seed = replace(composer, seed=2).lengths(dataset, indices, 0)
     assert (other_seed != composer.lengths(dataset, indices, 0)).mean() > 0.4
+
+
+SIMPLEAR = ["<|t2i|>", "<|i2t|>", "<|soi|>", "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>"]
+
+
+def test_a_sequence_of_simplear_is_as_written_by_hand():
+    """Its ids: 151665 texts of Qwen2.5, seven specials, 64000 codes. A long caption never cuts codes."""
+    vocab = Vocabulary.of(text=151672, visual=64000)
+    schema = Schema(vocab, {name: 151665 + i for i, name in enumerate(SIMPLEAR)})
+    caption, codes = [*range(100, 120)], [0, 63999, 5, 5]
+    sample = StoredSample(
+        [64, 65, *caption, *(151672 + code for code in codes)],
+        77,
+        [(2, Modality.TEXT, Role.INPUT), (20, Modality.TEXT, Role.INPUT), (4, Modality.IMAGE, Role.TARGET)],
+    )
+    dataset = MemoryDataset([sample], schema=schema)
+    composer = TextToImage(drop_caption=0, max_caption_tokens=6, sample_short=False, prefixes=((32, 34981, 315),))
+    [document] = documents(composer, dataset, [0], 0)
+    text = [151665, 32, 34981, 315, 100, 101, 102, 103, 104, 105, 151667]
+    assert document.ids.tolist() == [*text, 151672, 215671, 151677, 151677]
+    batch = PackedBatch.build([document], vocab)
+    assert batch.labels.tolist() == [*document.ids[1:].tolist(), -100]  # nothing but the padding is masked
+    assert batch.counts == {"next_token": 14, "text": 10, "visual": 4}
+    [document] = documents(replace(composer, drop_caption=1.0), dataset, [0], 0)
+    assert document.ids.tolist() == [151665, 151667, 151672, 215671, 151677, 151677]
+
+
+def test_which_caption_is_used_without_sample_short():
+    dataset = pictures([[4], [2, 7], [3, 5, 6], []])
+    composer = TextToImage(drop_caption=0, sample_short=False)
+    for epoch in range(3):
+        assert (composer.lengths(dataset, np.arange(4), epoch) - 6).tolist() == [4, 7, 5, 0]
+
+
+def test_prefixes_are_uniform_and_drawn_apart_from_the_rest():
+    n, prefixes = 6000, tuple((k,) * k for k in range(20))  # the first is empty
+    dataset, indices = pictures([[3, 4]] * n, codes=1), np.arange(n)
+    plain = TextToImage(seed=5, drop_caption=0.1)
+    composer = replace(plain, prefixes=prefixes)
+    bare = [plain.lengths(dataset, indices, epoch) - 3 for epoch in range(2)]
+    added = [composer.lengths(dataset, indices, epoch) - 3 - bare[epoch] for epoch in range(2)]
+    for caption, prefix in zip(bare, added):
+        kept = caption > 0
+        assert not prefix[~kept].any()
+        assert abs(int((~kept).sum()) - 0.1 * n) < 3 * np.sqrt(0.09 * n)
+        for of in (kept, caption == 3, caption == 4):  # whichever caption was drawn
+            counts = np.bincount(prefix[of], minlength=20)
+            assert len(counts) == 20
+            expected = counts.sum() / 20
+            assert ((counts - expected) ** 2 / expected).sum() < 50.8  # chi-square, 19 degrees of freedom, p = 1e-4
+    assert (added[0] != added[1]).mean() > 0.8  # epochs are independent
+    assert (replace(composer, seed=6).lengths(dataset, indices, 0) != bare[0] + added[0] + 3).mean() > 0.8
+
+
+def test_settings_of_before_stay_the_same():
+    """A state of a loader that knew neither prefixes nor sample_short is resumed, and its batches are the same."""
+    plain = TextToImage(seed=2)
+    older = {"name": "text_to_image", "seed": 2, "drop_caption": 0.1, "text_weight": 1.0, "max_caption_tokens": 0}
+    assert plain.settings() == older
+    assert replace(plain, sample_short=False, prefixes=((1, 2),)).settings() == older | {
+        "sample_short": False,
+        "prefixes": ((1, 2),),
+    }
+    dataset = pictures([[2, 3, 4]] * 9, codes=2)
+    pieces = plain.compose(dataset, np.arange(9), 0)
+    keys = [sample.key for sample in dataset.samples]
+    chosen = [int(draw(plain, 0, key, "caption") * 3) * (draw(plain, 0, key, "drop_caption") >= 0.1) for key in keys]
+    assert pieces.cu.tolist() == list(range(0, 37, 4))
+    assert pieces.start[1::4].tolist() == [(0, 2, 5)[which] for which in chosen]
 
 
 def test_text_weight_decides_what_is_scored():
@@ -219,7 +295,14 @@ def test_composers_by_name():
 
 
 @pytest.mark.parametrize(
-    "options", [{"drop_caption": -0.1}, {"drop_caption": 1.1}, {"text_weight": -1}, {"max_caption_tokens": -1}]
+    "options",
+    [
+        {"drop_caption": -0.1},
+        {"drop_caption": 1.1},
+        {"text_weight": -1},
+        {"max_caption_tokens": -1},
+        {"prefixes": ((3,), (4, -2))},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):

@@ -9,8 +9,8 @@ import pytest
 
 from vtrain._host import crc32c
 from vtrain.data import json_list
-from vtrain.data.importers import json_records as records
-from vtrain.data.importers.json_records import Broken, JsonRecords
+from vtrain.data import json_records as records
+from vtrain.data.json_records import Broken, JsonRecords
 
 VALUES = [
     {"path": "a/0.npy", "caption": 'línea \U0001f600 "quoted" ] , ['},

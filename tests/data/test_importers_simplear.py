@@ -88,10 +88,36 @@ def test_a_meta_file(tree, tmp_path, tokenizer):
 def test_caption_rules(tree, tmp_path, tokenizer):
     meta = tree.parent / "meta.json"
     short = [variants for variants, _ in contents(run([meta], tmp_path / "s", tokenizer, captions="short"))]
-    assert short[:7] == [["a red fox. It sleeps.", "a red fox."], ["eins", "zwei", "drei"], [CAPTIONS[2]], [],
+    assert short[:7] == [["a red fox.", "a red fox. It sleeps."], ["eins", "zwei", "drei"], [CAPTIONS[2]], [],
                          ["no full stop"], ["short."], ["x", "y"]]  # fmt: skip
     second = [variants for variants, _ in contents(run([meta], tmp_path / "t", tokenizer, captions="second"))]
     assert second[:7] == [["a red fox. It sleeps."], ["zwei"], [CAPTIONS[2]], [], ["no full stop"], ["short."], ["y"]]
+
+
+def test_a_pattern_of_meta_files(tree, tmp_path, tokenizer):
+    entries = json.loads((tree.parent / "meta.json").read_text())
+    for name, part in (("b", entries[4:]), ("a", entries[:4])):
+        (tree.parent / f"{name}.json").write_text(json.dumps(part))
+    dataset = run([tree.parent / "{b,a}.json"], tmp_path / "out", tokenizer)
+    assert [grid.tolist() for _, grid in contents(dataset)] == [codes(i)[0, 0].tolist() for i in range(PICTURES)]
+    with pytest.raises(ValueError, match=r"c\.json: no such file"):
+        run([tree.parent / "{a,c}.json"], tmp_path / "none", tokenizer)
+
+
+def test_what_the_dataset_notes(tree, tmp_path, tokenizer):
+    inputs = [tree.parent / "meta.json"]
+    plain = run(inputs, tmp_path / "out", tokenizer)
+    assert (plain.schema.image, plain.schema.text) == ({}, {})
+    noted = run(inputs, tmp_path / "noted", tokenizer, resolution=32, caption_space=True)
+    assert (noted.schema.image, noted.schema.text) == ({"resolution": 32}, {"caption_space": True})
+    text = load_text_tokenizer(tokenizer)
+    segments = noted.segments([4])[0]
+    assert noted.read([4])[0][: segments["length"][0]].tolist() == text.encode(" no full stop")
+    assert contents(noted)[3][0] == []
+    with pytest.raises(ValueError, match="caption_space null, now true"):
+        run(inputs, tmp_path / "out", tokenizer, caption_space=True)
+    with pytest.raises(ValueError, match="resolution is 0; expected pixels"):
+        run(inputs, tmp_path / "zero", tokenizer, resolution=0)
 
 
 def test_a_folder_has_the_keys_of_its_meta_file(tree, tmp_path, tokenizer):

@@ -39,8 +39,8 @@ def test_cached_logits_equal_uncached_ones(shape, lengths):
     sequences = [rng.integers(0, VOCAB.size, n).tolist() for n in lengths]
     prompt_of = [*range(len(sequences)), 0, len(sequences) - 1]  # two sequences share a prompt with another
     documents = [Document(np.array(s)) for s in sequences]
-    cache = KVCache(max(lengths) + 6)
-    cache.begin_prefill(lengths, prompt_of, "cpu")
+    cache = KVCache(len(prompt_of), max(lengths) + 6, "cpu")
+    cache.begin_prefill(lengths, prompt_of)
     hidden, _ = decoder(PackedBatch.build(documents, VOCAB), cache=cache)
     ends = np.cumsum(lengths)[prompt_of] - 1
     logits = decoder.logits(hidden[torch.from_numpy(ends)])
@@ -58,7 +58,6 @@ def test_cached_logits_equal_uncached_ones(shape, lengths):
         hidden, _ = decoder(step, cache=cache)
         for row, found in zip(rows, decoder.logits(hidden)):
             torch.testing.assert_close(found, uncached_logits(decoder, row), atol=1e-5, rtol=1e-5)
-    assert cache.used == cache.max_len
 
 
 def test_a_decode_step_is_attention_over_all_stored_rows():
@@ -66,8 +65,8 @@ def test_a_decode_step_is_attention_over_all_stored_rows():
     Hq, Hk, D, lengths = 6, 2, 8, [4, 1]
     q, k, v = torch.randn(5, Hq, D), torch.randn(5, Hk, D), torch.randn(5, Hk, D)
     batch = PackedBatch.build([Document(np.zeros(n, dtype=np.int32)) for n in lengths], VOCAB)
-    cache = KVCache(6)
-    cache.begin_prefill(lengths, [1, 0, 1], "cpu")
+    cache = KVCache(3, 6, "cpu")
+    cache.begin_prefill(lengths, [1, 0, 1])
     cache.attend(0, q, k, v, batch)
     stored = [(k[4:], v[4:]), (k[:4], v[:4]), (k[4:], v[4:])]
     for _ in range(2):
@@ -90,8 +89,8 @@ def test_blank_columns_cannot_leak():
     q1, k1, v1 = (torch.randn(2, 2, 4) for _ in range(3))
     found = []
     for poison in (0.0, 1e9, math.nan):
-        cache = KVCache(9)
-        cache.begin_prefill([1, 5], [0, 1], "cpu")
+        cache = KVCache(2, 9, "cpu")
+        cache.begin_prefill([1, 5], [0, 1])
         cache.attend(0, q, k, v, batch)
         for storage in (cache._keys[0], cache._values[0]):
             storage[0, :4] = poison
@@ -103,14 +102,16 @@ def test_blank_columns_cannot_leak():
 
 
 def test_misuse_is_refused():
-    cache = KVCache(4)
-    with pytest.raises(ValueError, match="prefill of 1 to 5 tokens into a cache with 0 of 4"):
-        cache.begin_prefill([1, 5], [0, 1], "cpu")
-    with pytest.raises(ValueError, match="non-empty prompts"):
-        cache.begin_prefill([0, 2], [0, 1], "cpu")
-    cache.begin_prefill([3], [0], "cpu")
-    with pytest.raises(ValueError, match="empty cache"):
-        cache.begin_prefill([1], [0], "cpu")
+    cache = KVCache(1, 4, "cpu")
+    for lengths, prompt_of, found in (([5], [0], "1 sequences from prompts of 5 to 5"), ([0, 2], [1], "of 0 to 2"),
+                                      ([2], [0, 0], "2 sequences")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{found}.*expected 1 sequences and 1 to 4 tokens"):
+            cache.begin_prefill(lengths, prompt_of)
+    batch = PackedBatch.build([Document(np.zeros(3, dtype=np.int32))], VOCAB)
+    cache.begin_prefill([3], [0])
+    cache.attend(0, *torch.randn(3, 3, 2, 4).unbind(), batch)
     cache.begin_step()
-    with pytest.raises(ValueError, match="full: 4 columns"):
-        cache.begin_step()
+    cache.attend(0, *torch.randn(3, 1, 2, 4).unbind(), batch)
+    cache.begin_step()
+    with pytest.raises(ValueError, match="length 4; expected 0 <= start <= length < 4"):
+        cache.attend(0, *torch.randn(3, 1, 2, 4).unbind(), batch)

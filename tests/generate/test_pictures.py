@@ -42,6 +42,7 @@ def test_prompts_are_global_ids_between_the_two_specials():
     prompts, uncond = text_to_image_prompts(["ab", ""], Letters(), VOCAB)
     assert prompts == [[261, 102, 103, 262], [261, 262]]
     assert uncond == [261, 262]
+    assert text_to_image_prompts(["ab"], Letters(), VOCAB, negative="c") == ([[261, 102, 103, 262]], [261, 104, 262])
 
 
 def test_a_model_without_text_or_specials_is_a_user_error():

@@ -9,7 +9,7 @@ import torch
 from vtrain.generate.sampler import Sampling, key_rows, sample_token
 
 
-def slow_distribution(cond, uncond, cfg, temperature, top_k, top_p) -> np.ndarray:
+def slow_distribution(cond, uncond, cfg, temperature, top_k, top_p, penalty=1.0, seen=()) -> np.ndarray:
     """The exact probabilities of one row in float64, one token at a time."""
 
     def log_softmax(values):
@@ -17,9 +17,9 @@ def slow_distribution(cond, uncond, cfg, temperature, top_k, top_p) -> np.ndarra
         norm = top + math.log(sum(math.exp(v - top) for v in values))
         return [v - norm for v in values]
 
-    scores = list(cond)
+    scores = [(c * penalty if c < 0 else c / penalty) if i in seen else c for i, c in enumerate(cond)]
     if cfg != 1.0:
-        scores = [u + cfg * (c - u) for c, u in zip(log_softmax(cond), log_softmax(uncond))]
+        scores = [u + cfg * (c - u) for c, u in zip(log_softmax(scores), log_softmax(uncond))]
     scores = [s / temperature for s in scores]
     kept = set(range(len(scores)))
     if top_k:
@@ -43,13 +43,15 @@ def draws(cond, uncond, sampling, count) -> np.ndarray:
     """How often each token comes in `count` draws with sample keys 0, 1, 2, ..."""
     rows = torch.tensor(cond).expand(count, -1)
     other = torch.tensor(uncond).expand(count, -1) if sampling.guided else None
-    tokens, logprob = sample_token(rows, other, key_rows(range(count)), 0, sampling)
+    seen = torch.tensor([i in SEEN for i in range(len(cond))]).expand(count, -1)
+    tokens, logprob = sample_token(rows, other, key_rows(range(count)), 0, sampling, seen)
     assert logprob.isfinite().all()
     return np.bincount(tokens.numpy(), minlength=len(cond))
 
 
 COND = [0.3, -1.2, 2.0, 0.9, -0.4, 1.7, 0.0, -3.0, 1.1, 0.5]
 UNCOND = [1.0, 0.2, 0.5, 0.9, -1.4, 2.2, 0.1, -0.5, 0.3, -0.2]
+SEEN = {1, 2, 4, 8}
 CASES = [
     {},
     {"cfg": 2.5},
@@ -59,13 +61,16 @@ CASES = [
     {"top_p": 0.7},
     {"cfg": 1.7, "temperature": 0.8, "top_k": 6, "top_p": 0.85},
     {"cfg": 3.0, "temperature": 3.0, "top_p": 0.5},  # top-p before the temperature would keep fewer tokens
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 1.6, "cfg": 2.0, "temperature": 0.7, "top_k": 6, "top_p": 0.9},
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_draws_follow_the_analytic_distribution(case):
     sampling = Sampling(seed=11, **case)
-    expected = slow_distribution(COND, UNCOND, sampling.cfg, sampling.temperature, sampling.top_k, sampling.top_p)
+    settings = sampling.cfg, sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty
+    expected = slow_distribution(COND, UNCOND, *settings, SEEN)
     count = 50_000
     found = draws(COND, UNCOND, sampling, count)
     assert (found[expected == 0] == 0).all()
@@ -77,7 +82,9 @@ def test_draws_follow_the_analytic_distribution(case):
     assert chi2 < limit, (chi2, limit, found, count * expected)
 
 
-@pytest.mark.parametrize("wrong", [{"cfg": 2.0}, {"temperature": 0.9}, {"top_k": 9}, {"top_p": 0.97}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"cfg": 2.0}, {"temperature": 0.9}, {"top_k": 9}, {"top_p": 0.97}, {"repetition_penalty": 1.1}], ids=str
+)
 def test_the_chi_square_is_sharp_enough_to_see_a_wrong_setting(wrong):
     expected = slow_distribution(COND, UNCOND, 1.0, 1.0, 0, 1.0)
     found = draws(COND, UNCOND, Sampling(seed=11, **wrong), 50_000)
@@ -150,6 +157,9 @@ def test_rows_that_are_not_finite_are_told_by_their_log_probability():
         ({"temperature": -0.1}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"speculate": -1}, "speculate"),
+        ({"speculate": 16, "repetition_penalty": 1.1}, "repetition_penalty"),
     ],
 )
 def test_bad_settings_are_named(bad, word):

@@ -160,6 +160,57 @@ def test_new_rows_are_the_mean_of_the_old_ones(rows, tied, tmp_path):
     torch.testing.assert_close(logits(decoder, ids)[:, :kept], logits(source, ids)[:, :kept])
 
 
+def qwen2(folder, heads: int, rows: int = 300):
+    """A tiny tied Qwen2 as its makers ship it: more rows than its tokenizer has ids."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=rows, hidden_size=heads * 4, intermediate_size=24, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("heads", [14, 12], ids=["7 to 1", "6 to 1"])
+def test_a_vocabulary_grows_by_specials_and_codes(heads, tmp_path):
+    """290 of 300 rows are used; 7 specials are appended where there was padding, then come 64 codes."""
+    theirs = qwen2(tmp_path / "theirs", heads)
+    old = theirs.model.embed_tokens.weight.detach()
+    config = from_hf_config(hf.read_hf_config(tmp_path / "theirs"))
+    vocab = Vocabulary.of(text=297, visual=64)
+    decoder = Decoder(config, vocab)
+    hf.copy_parameters(decoder, hf.import_hf(tmp_path / "theirs", config, vocab, used_rows=290))
+    mean = old[:290].double().mean(0).float()
+    tables = torch.cat([decoder.embed.text[:297], decoder.embed.visual[:64]]).detach()
+    assert torch.equal(tables[:290], old[:290])
+    torch.testing.assert_close(tables[290:], mean.expand(71, -1))
+    assert not torch.allclose(old[290:297], mean.expand(7, -1), atol=0.05), "the padding cannot be told from the mean"
+    assert config.tied
+    assert not any(name.startswith("head") for name, _ in decoder.named_parameters())
+
+    export(decoder, tmp_path / "ours", specials={"<|t2i|>": 290}, image={"resolution": 512, "downscale": 16})
+    grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert (grown.config.vocab_size, grown.config.tie_word_embeddings) == (361, True)
+    ids = np.random.default_rng(0).integers(0, 361, 40)
+    found = grown(torch.from_numpy(ids)[None]).logits[0]
+    torch.testing.assert_close(found, logits(decoder, ids), rtol=1e-5, atol=1e-5 * float(found.detach().abs().max()))
+    text = np.arange(40)
+    expected = theirs(torch.from_numpy(text)[None]).logits[0, :, :290].detach()
+    assert torch.allclose(logits(decoder, text)[:, :290], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert_same_parameters(hf.load_decoder(tmp_path / "ours"), decoder)
+    assert hf.read_image_facts(tmp_path / "ours") == {"resolution": 512, "downscale": 16}
+    assert hf.read_image_facts(tmp_path / "theirs") == {}
+
+
+def test_used_rows_change_nothing_in_a_folder_of_ours(tmp_path):
+    decoder = make(QWEN2)
+    export(decoder, tmp_path / "model")
+    assert hf.read_image_facts(tmp_path / "model") == {}
+    tensors = dict(hf.import_hf(tmp_path / "model", QWEN2, VOCAB, used_rows=40))
+    assert all(torch.equal(tensors[name], p) for name, p in decoder.named_parameters())
+
+
 def test_new_rows_drawn_at_random(tmp_path):
     config = text_model(tmp_path, 61).config
     vocab = Vocabulary.of(text=61, visual=4000)
@@ -337,6 +388,16 @@ def test_presets_have_the_published_numbers_of_parameters(name, rows, parameters
     with torch.device("meta"):
         decoder = Decoder(preset(name), Vocabulary.of(text=rows))
     assert sum(p.numel() for p in decoder.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("0.5", 551_140_224), ("1.5", 1_641_612_800)])
+def test_simplear_has_its_number_of_parameters(size, parameters):
+    """151,665 ids of Qwen2.5, 7 specials, 64,000 codes, one table for input and output."""
+    vocab = Vocabulary.of(text=151_672, visual=64_000)
+    with torch.device("meta"):
+        decoder = Decoder(preset(f"qwen2.5-{size}b"), vocab)
+    padding = sum(r.rows - r.size for r in vocab.ranges) * decoder.config.hidden
+    assert sum(p.numel() for p in decoder.parameters()) - padding == parameters
 
 
 def test_preset_overrides():

@@ -144,6 +144,48 @@ def test_the_state_has_the_form_of_torchs_own_and_goes_on_from_it():
     assert_near(ours, theirs)
 
 
+def test_parameters_that_are_counted_apart_begin_as_in_a_new_optimizer():
+    """Also a second time, and after the state went through a checkpoint; one norm clips them all."""
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours.items(), **SETTINGS)
+    references = {name: torch_adamw({name: p}) for name, p in theirs.items() if p.requires_grad}
+
+    def restart(*names: str) -> None:
+        optimizer.count_apart(names)
+        for name in names:
+            references[name] = torch_adamw({name: theirs[name]})
+            for moments in (optimizer.averages, optimizer.squares):
+                moments[name].zero_()
+
+    def step(number: int) -> None:
+        our_step(ours, optimizer, number)
+        give_gradients(theirs, number)
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.0)
+        for reference in references.values():
+            reference.step()
+        assert_near(ours, theirs)
+
+    step(0)
+    step(1)
+    restart("conv", "bias")
+    step(2)
+    restart("conv")
+    step(3)
+    counts = {name: float(t) for name, t in optimizer.tensors("o").whole.items()}
+    assert counts == {"o.w.step": 4, "o.bias.step": 2, "o.conv.step": 1, "o.far.step": 4}
+
+    again = AdamW(ours.items(), **SETTINGS)
+    again.count_apart(["conv", "bias"])
+    again.count_apart(["conv"])
+    saved, fresh = optimizer.tensors("o"), again.tensors("o")
+    for name, tensor in fresh.whole.items():
+        tensor.copy_(saved.whole[name])
+    for name, (tensor, _) in fresh.sharded.items():
+        tensor.copy_(saved.sharded[name][0])
+    optimizer = again
+    step(4)
+
+
 def test_a_rank_without_any_row_counts_with_the_others():
     named = {"far": nn.Parameter(torch.empty(0, 3))}
     optimizer = AdamW(named.items(), **SETTINGS)

@@ -36,7 +36,8 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, changes):
     tokenizer = made(**changes)
     tokenizer.save(tmp_path / "t")
     loaded = load_image_tokenizer(tmp_path / "t")
-    assert loaded.config == tokenizer.config
+    assert loaded.model.config == tokenizer.model.config
+    assert loaded.resolution == 8
     assert loaded.num_codes == (60 if changes else 11)
     assert loaded.downscale == 2
     ids = tokenizer.encode(pictures())
@@ -128,7 +129,7 @@ def write_config(folder, **changes):
     ("changes", "message"),
     [
         ({"embed_dims": 7}, "unknown key 'embed_dims'; did you mean 'embed_dim'"),
-        ({"type": "cosmos"}, "type is 'cosmos'; expected 'autoencoder'"),
+        ({"type": "vae"}, "type is 'vae'; expected 'autoencoder' or 'cosmos'"),
         ({"type": None}, "type is None"),
         ({"resolution": 9}, "resolution 9 is not a multiple of 2"),
         ({"resolution": "8"}, "resolution is '8'; expected int"),

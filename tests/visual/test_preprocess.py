@@ -1,9 +1,19 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vtrain.visual.preprocess import center_crop_resize, load_image, to_tensor, to_uint8
+from vtrain.settings import Images
+from vtrain.visual.preprocess import (
+    adm_center_crop,
+    center_crop_resize,
+    load_image,
+    square,
+    to_tensor,
+    to_uint8,
+)
 
 
 def noise(height, width, mode="RGB", seed=0):
@@ -136,3 +146,46 @@ def test_broken_files_are_named(tmp_path, name, reason):
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def adm(image, resolution):
+    """The published function, with numpy for the crop."""
+    while min(*image.size) >= 2 * resolution:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = resolution / min(*image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
+    return pixels[top : top + resolution, left : left + resolution]
+
+
+@pytest.mark.parametrize(
+    "size", [(777, 2100), (2100, 777), (64, 64), (63, 200), (128, 128), (127, 129), (1, 3), (50, 64), (255, 513)]
+)
+def test_adm_crop_equals_the_published_steps(size):
+    image = noise(*size)
+    result = square(image, 64, "adm", "nearest")
+    assert result.shape == (64, 64, 3)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, adm(image, 64))
+    np.testing.assert_array_equal(adm_center_crop(image, 64), result)
+
+
+def test_adm_crop_of_grey():
+    image = noise(70, 150, "L")
+    np.testing.assert_array_equal(adm_center_crop(image, 32), adm(image.convert("RGB"), 32))
+
+
+@pytest.mark.parametrize("size", [(40, 17), (17, 9)])
+def test_the_key_chooses_the_crop(size):
+    image = noise(*size)
+    np.testing.assert_array_equal(square(image, 8, "center", "nearest"), center_crop_resize(image, 8, "nearest"))
+    assert not np.array_equal(square(image, 8, "adm"), square(image, 8, "center"))
+    with pytest.raises(ValueError, match="crop 'random'; expected one of center, adm"):
+        square(image, 8, "random")
+
+
+def test_the_settings_offer_the_same_crops():
+    (field,) = [f for f in dataclasses.fields(Images) if f.name == "crop"]
+    for crop in field.metadata["choices"]:
+        assert square(noise(9, 9), 4, crop).shape == (4, 4, 3)

@@ -52,6 +52,14 @@ def test_bf16_codes_are_exact(backend):
     assert torch.equal(ids, wide_ids)
 
 
+def test_halves_go_to_the_even_level(backend):
+    """z = -shift makes y exactly -0.5 where the number of levels is even: that is level 0, not -1."""
+    shift = [math.atanh(0.5 / ((L - 1) * 1.001 / 2)) if L % 2 == 0 else 0.0 for L in COSMOS]
+    codes, ids = vkernels.fsq_quantize(-torch.tensor([shift]), COSMOS)
+    assert codes.abs().tolist() == [[0.0] * 6]
+    assert ids.tolist() == [sum((L // 2) * math.prod(COSMOS[:i]) for i, L in enumerate(COSMOS))]
+
+
 def test_extremes_reach_the_outer_levels(backend):
     z = torch.tensor([[-50.0] * 6, [50.0] * 6, [0.0] * 6])
     codes, ids = vkernels.fsq_quantize(z, COSMOS)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from vtrain.data.samples import cumulative
+from vtrain.data.samples import cumulative, ragged
 from vtrain.data.schema import Modality, Role
 from vtrain.rng import fold, uniform
 
@@ -82,12 +82,15 @@ class _Named:
 
 @dataclass(frozen=True)
 class TextToImage(_Named):
-    """`<|t2i|>` caption `<|soi|>` codes; without its caption `<|t2i|><|soi|>` codes.
+    """`<|t2i|>` prefix caption `<|soi|>` codes; without its caption `<|t2i|><|soi|>` codes.
 
-    A sample has any number of captions (text segments of role input, one is drawn uniformly) and one picture (an image
-    segment of role target). drop_caption: probability of leaving the caption out. text_weight: loss weight of caption
-    and `<|soi|>` as targets (0 = codes only; codes weigh 1). max_caption_tokens: longer captions lose their end, 0 = no
-    limit; codes are never cut. Stored loss runs and labels are not used.
+    A sample has any number of captions (text segments of role input) and one picture (an image segment of role target).
+    sample_short: one of the captions is drawn uniformly; false: the second of several, or the only one (captions that
+    were also stored shortened are stored after their short form). prefixes: ids of texts, one of which is drawn
+    uniformly for every caption that is kept; none = no prefix. drop_caption: probability of leaving the caption out,
+    and the prefix with it. text_weight: loss weight of prefix, caption and `<|soi|>` as targets (0 = codes only; codes
+    weigh 1). max_caption_tokens: longer captions lose their end, 0 = no limit; prefixes and codes are never cut. Stored
+    loss runs and labels are not used.
     """
 
     name = "text_to_image"
@@ -95,6 +98,8 @@ class TextToImage(_Named):
     drop_caption: float = 0.1
     text_weight: float = 1.0
     max_caption_tokens: int = 0
+    sample_short: bool = True
+    prefixes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_caption <= 1:
@@ -103,36 +108,45 @@ class TextToImage(_Named):
             raise ValueError(f"text_to_image: text_weight is {self.text_weight}; expected a number >= 0")
         if self.max_caption_tokens < 0:
             raise ValueError(f"text_to_image: max_caption_tokens is {self.max_caption_tokens}; expected >= 0")
+        if any(token < 0 for prefix in self.prefixes for token in prefix):
+            raise ValueError(f"text_to_image: prefixes is {self.prefixes}; expected ids >= 0")
+
+    def settings(self) -> dict[str, Any]:
+        """As of all composers, but what came later is named only where it is used: older states stay good."""
+        found = super().settings()
+        if self.sample_short:
+            del found["sample_short"]
+        if not self.prefixes:
+            del found["prefixes"]
+        return found
 
     def weighted(self, schema: Schema) -> bool:
         return self.text_weight not in (0.0, 1.0)
 
     def lengths(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> np.ndarray:
-        _, caption_length, _, image_length = self._parts(dataset, indices, epoch)
-        return (2 + caption_length + image_length).astype(np.int32)
+        parts = self._parts(dataset, indices, epoch)
+        return (2 + parts.prefix_length + parts.caption_length + parts.image_length).astype(np.int32)
 
     def compose(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> Pieces:
-        n = len(indices)
-        caption_at, caption_length, image_at, image_length = self._parts(dataset, indices, epoch)
-        tokens = np.array([_special(dataset, T2I), STORED, _special(dataset, SOI), STORED], dtype=np.int32)
-        weights = np.array([self.text_weight] * 3 + [1.0], dtype=np.float32)
-        sample = np.full((n, 4), -1, dtype=np.int64)
-        start, count = np.zeros((n, 4), dtype=np.int32), np.ones((n, 4), dtype=np.int32)
-        sample[:, 1], start[:, 1], count[:, 1] = indices, caption_at, caption_length
-        sample[:, 3], start[:, 3], count[:, 3] = indices, image_at, image_length
-        return Pieces(
-            cu=np.arange(0, 4 * n + 1, 4, dtype=np.int64),
-            sample=sample.ravel(),
-            start=start.ravel(),
-            count=count.ravel(),
-            token=np.tile(tokens, n),
-            weight=np.tile(weights, n),
-        )
+        parts = self._parts(dataset, indices, epoch)
+        cu = cumulative(4 + parts.prefix_length)  # every token of a prefix is a piece of its own
+        m, t2i, image = int(cu[-1]), cu[:-1], cu[1:] - 1
+        soi, caption = image - 1, image - 2
+        token, sample = np.empty(m, dtype=np.int32), np.full(m, -1, dtype=np.int64)
+        start, count = np.zeros(m, dtype=np.int32), np.ones(m, dtype=np.int32)
+        weight = np.full(m, self.text_weight, dtype=np.float32)
+        token[t2i], token[soi] = _special(dataset, T2I), _special(dataset, SOI)
+        if self.prefixes:
+            tokens = np.array([t for prefix in self.prefixes for t in prefix], dtype=np.int32)
+            first = cumulative(self._prefix_lengths)[parts.prefix]
+            token[ragged(t2i + 1, parts.prefix_length)] = tokens[ragged(first, parts.prefix_length)]
+        token[caption], sample[caption] = STORED, indices
+        start[caption], count[caption] = parts.caption_at, parts.caption_length
+        token[image], sample[image], weight[image] = STORED, indices, 1.0
+        start[image], count[image] = parts.image_at, parts.image_length
+        return Pieces(cu=cu, sample=sample, start=start, count=count, token=token, weight=weight)
 
-    def _parts(
-        self, dataset: Dataset, indices: np.ndarray, epoch: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """int64[n] each: start in the sample and length of the caption (length 0 = left out) and of the codes."""
+    def _parts(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> _Parts:
         segments, cu = dataset.segments(indices)
         sample = np.repeat(np.arange(len(indices)), np.diff(cu))
         is_caption = (segments["modality"] == Modality.TEXT) & (segments["role"] == Role.INPUT)
@@ -148,18 +162,42 @@ class TextToImage(_Named):
         image_at, image_length = (segments[name][is_image].astype(np.int64) for name in ("start", "length"))
 
         captions = np.bincount(sample[is_caption], minlength=len(indices))
-        first = np.cumsum(captions) - captions
-        choice = first + np.floor(self._draw(keys, epoch, "caption") * captions).astype(np.int64)
+        which = self._choice(keys, epoch, "caption", captions) if self.sample_short else np.minimum(captions - 1, 1)
         kept = (captions > 0) & (self._draw(keys, epoch, "drop_caption") >= self.drop_caption)
-        caption_at, caption_length = np.zeros((2, len(indices)), dtype=np.int64)
-        chosen = np.flatnonzero(is_caption)[choice[kept]]
+        caption_at, caption_length, prefix, prefix_length = np.zeros((4, len(indices)), dtype=np.int64)
+        chosen = np.flatnonzero(is_caption)[(np.cumsum(captions) - captions + which)[kept]]
         caption_at[kept], caption_length[kept] = segments["start"][chosen], segments["length"][chosen]
         if self.max_caption_tokens:
             caption_length = np.minimum(caption_length, self.max_caption_tokens)
-        return caption_at, caption_length, image_at, image_length
+        if self.prefixes:
+            prefix = self._choice(keys, epoch, "prefix", len(self.prefixes))
+            prefix_length = np.where(kept, self._prefix_lengths[prefix], 0)
+        return _Parts(prefix, prefix_length, caption_at, caption_length, image_at, image_length)
+
+    @property
+    def _prefix_lengths(self) -> np.ndarray:
+        return np.array([len(prefix) for prefix in self.prefixes], dtype=np.int64)
+
+    def _choice(self, keys: np.ndarray, epoch: int, field: str, among: np.ndarray | int) -> np.ndarray:
+        """int64[n], uniform in 0..among-1."""
+        return np.floor(self._draw(keys, epoch, field) * among).astype(np.int64)
 
     def _draw(self, keys: np.ndarray, epoch: int, field: str) -> np.ndarray:
         return uniform(fold(self.seed, epoch), keys ^ np.uint64(fold(0, field)))
+
+
+class _Parts(NamedTuple):
+    """What documents of text_to_image are made of, int64[n] each: the number of the prefix, places in the sample.
+
+    A caption of length 0 is one that was left out, or an empty one; the prefix of a dropped caption has length 0, too.
+    """
+
+    prefix: np.ndarray
+    prefix_length: np.ndarray
+    caption_at: np.ndarray
+    caption_length: np.ndarray
+    image_at: np.ndarray
+    image_length: np.ndarray
 
 
 @dataclass(frozen=True)

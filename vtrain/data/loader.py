@@ -199,6 +199,7 @@ def sequential_batches(
     rank: int = 0,
     world: int = 1,
     overlong: str = "error",
+    tables: Sequence[str] = (),
 ) -> Iterator[PackedBatch]:
     """One pass in stored order, for validation: every sample once over all ranks, bins filled in order.
 
@@ -219,7 +220,7 @@ def sequential_batches(
         overlong=overlong,
         pool=1,  # next fit
     )
-    make = Assembler([source], [composer], vocab, pack_tokens=pack_tokens, max_documents=documents)
+    make = Assembler([source], [composer], vocab, pack_tokens=pack_tokens, max_documents=documents, tables=tables)
     misfits = Misfits()
     while (step := plan.next_step()) is not None:
         yield from make(step, [rank if rank < step.bins else None])

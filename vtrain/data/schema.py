@@ -57,9 +57,10 @@ class Schema:
     """What the numbers of a dataset mean; equal in all its shards.
 
     specials: name -> global id. text_tokenizer, image_tokenizer: sha256, "" = none. image: how pictures were prepared,
-    e.g. {"resolution": 256, "downscale": 16}. loss_weights: float32 weight of each of the 256 loss classes.
-    columns: name -> numpy dtype (a key of COLUMN_DTYPES) of a number that every sample has. labels: every token has a
-    label of its own; else the label of a token is the next token of the sample.
+    e.g. {"resolution": 256, "downscale": 16}. text: how captions were encoded, e.g. {"caption_space": True}: with a
+    space before. loss_weights: float32 weight of each of the 256 loss classes. columns: name -> numpy dtype (a key of
+    COLUMN_DTYPES) of a number that every sample has. labels: every token has a label of its own; else the label of a
+    token is the next token of the sample.
     """
 
     vocab: Vocabulary
@@ -67,6 +68,7 @@ class Schema:
     text_tokenizer: str = ""
     image_tokenizer: str = ""
     image: Mapping[str, object] = field(default_factory=dict)
+    text: Mapping[str, object] = field(default_factory=dict)
     loss_weights: tuple[float, ...] = DEFAULT_LOSS_WEIGHTS
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: bool = False
@@ -93,6 +95,8 @@ class Schema:
             "roles": [r.name.lower() for r in Role],
             "segment_flags": {f.name.lower(): int(f) for f in SegmentFlag},
         }
+        if self.text:
+            value["text"] = dict(self.text)
         if self.loss_weights != DEFAULT_LOSS_WEIGHTS:
             value["loss_weights"] = list(self.loss_weights)
         if self.columns:
@@ -111,6 +115,7 @@ class Schema:
                 text_tokenizer=str(value["text_tokenizer"]),
                 image_tokenizer=str(value["image_tokenizer"]),
                 image=dict(value["image"]),
+                text=dict(value.get("text", {})),
                 loss_weights=tuple(value.get("loss_weights", DEFAULT_LOSS_WEIGHTS)),
                 columns=dict(value.get("columns", {})),
                 labels=bool(value.get("labels", False)),

@@ -19,49 +19,44 @@ from vtrain.batch import PackedBatch
 class KVCache:
     """Call `begin_prefill` before the prompts' forward, `begin_step` before each one-token forward after it.
 
-    `max_len` is the longest prompt plus the number of decode steps. Storage ([B, max_len, Hk, D] per layer) takes the
-    dtype and device of the first keys. All bookkeeping is on the host; no call waits for the device.
+    max_len: columns, enough for the longest prompt and what is appended to it. Storage ([B, max_len, Hk, D] per layer)
+    takes the dtype of the first keys and stays where it is, also for the prompts of another prefill: the counters lie
+    on the device, so a step is the same work on the same tensors each time and a CUDA graph can replay it.
     """
 
-    def __init__(self, max_len: int) -> None:
-        self.max_len = max_len
-        self.used = 0  # columns that hold a token, the same for all sequences
+    def __init__(self, sequences: int, max_len: int, device: torch.device | str) -> None:
+        self.sequences, self.max_len, self.device = sequences, max_len, device
         self._source: torch.Tensor | None = None  # prefill: token row of each cell, int64[B, L]
-        self._newest: torch.Tensor | None = None  # the column of the newest tokens, int32 scalar on the device
-        self._first: torch.Tensor | None = None  # the columns of the first tokens, int32[B], None = 0 for all
+        self._newest = torch.zeros((), dtype=torch.int32, device=device)  # the column of the newest tokens
+        self._first = torch.zeros(sequences, dtype=torch.int32, device=device)  # the columns of the first tokens
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
-    def begin_prefill(self, lengths: Sequence[int], prompt_of: Sequence[int], device: torch.device | str) -> None:
+    def begin_prefill(self, lengths: Sequence[int], prompt_of: Sequence[int]) -> None:
         """The next forward holds U packed prompts of these lengths; sequence b continues prompt `prompt_of[b]`.
 
-        A prompt shared by many sequences is computed once and copied to each of them.
+        A prompt shared by many sequences is computed once and copied to each of them. What was stored is forgotten.
         """
-        lengths = np.asarray(lengths, dtype=np.int64)
+        lengths, prompt_of = np.asarray(lengths, dtype=np.int64), np.asarray(prompt_of)
         columns = int(lengths.max())
-        if self.used or columns > self.max_len or lengths.min() < 1:
+        if len(prompt_of) != self.sequences or columns > self.max_len or lengths.min() < 1:
             raise ValueError(
-                f"prefill of {lengths.min()} to {columns} tokens into a cache with {self.used} of {self.max_len} "
-                "columns used; expected an empty cache, non-empty prompts and enough columns"
+                f"prefill of {len(prompt_of)} sequences from prompts of {lengths.min()} to {columns} tokens; "
+                f"expected {self.sequences} sequences and 1 to {self.max_len} tokens"
             )
-        ends = np.cumsum(lengths)[np.asarray(prompt_of)]
-        blank = columns - lengths[np.asarray(prompt_of)]  # columns to the left of the prompt
+        ends = np.cumsum(lengths)[prompt_of]
+        blank = columns - lengths[prompt_of]  # columns to the left of the prompt
         column = np.arange(columns)
         source = ends[:, None] - columns + column  # the last column holds the prompt's last token
         source = np.where(column >= blank[:, None], source, 0)  # blank cells copy any row: they have no influence
-        self._source = torch.from_numpy(source).to(device)
-        self._newest = torch.full((), columns - 1, dtype=torch.int32, device=device)
-        if blank.any():
-            self._first = torch.from_numpy(blank.astype(np.int32)).to(device)
-        self.used = columns
+        self._source = torch.from_numpy(source).to(self.device)
+        self._newest.fill_(columns - 1)
+        self._first.copy_(torch.from_numpy(blank))
 
     def begin_step(self) -> None:
-        """The next forward holds one new token of every sequence, in order."""
-        if self.used >= self.max_len:
-            raise ValueError(f"the KV cache is full: {self.max_len} columns")
+        """The next forward holds one new token of every sequence, in order. Past max_len, see `decode_attention`."""
         self._source = None
         self._newest += 1
-        self.used += 1
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Store k, v [T, Hk, D] of one layer and return the causal attention of q [T, Hq, D] over all that is stored.
@@ -70,12 +65,11 @@ class KVCache:
         """
         if self._source is None:
             return decode_attention(q, k, v, self._keys[layer], self._values[layer], self._newest, start=self._first)
-        self._keys[layer] = self._filled(k)
-        self._values[layer] = self._filled(v)
+        self._fill(self._keys, layer, k)
+        self._fill(self._values, layer, v)
         return varlen_attention(q, k, v, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen)
 
-    def _filled(self, rows: torch.Tensor) -> torch.Tensor:
-        sequences, columns = self._source.shape
-        storage = rows.new_empty(sequences, self.max_len, *rows.shape[1:])
-        storage[:, :columns] = rows[self._source]
-        return storage
+    def _fill(self, store: dict[int, torch.Tensor], layer: int, rows: torch.Tensor) -> None:
+        if layer not in store:
+            store[layer] = rows.new_empty(self.sequences, self.max_len, *rows.shape[1:])
+        store[layer][:, : self._source.shape[1]] = rows[self._source]

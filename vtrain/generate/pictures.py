@@ -16,19 +16,20 @@ TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 
 
 def text_to_image_prompts(
-    captions: Sequence[str], tokenizer: TextTokenizer, vocab: Vocabulary
+    captions: Sequence[str], tokenizer: TextTokenizer, vocab: Vocabulary, negative: str = ""
 ) -> tuple[list[list[int]], list[int]]:
-    """Global ids of `<|t2i|> caption <|soi|>` per caption, and of the unconditional prompt `<|t2i|> <|soi|>`.
+    """Global ids of `<|t2i|> caption <|soi|>` per caption, and of the prompt that guidance leads away from.
 
-    ValueError if the vocabulary has no text, or the tokenizer not both specials.
+    That is `<|t2i|> negative <|soi|>`; empty, it is what training shows in place of a dropped caption. ValueError if
+    the vocabulary has no text, or the tokenizer not both specials.
     """
     try:
         base = vocab["text"].base
         start, image = (base + tokenizer.special_id(name) for name in (TEXT_TO_IMAGE, START_OF_IMAGE))
     except KeyError as error:
         raise ValueError(f"text to image: {error.args[0]}") from None
-    prompts = [[start, *(base + i for i in tokenizer.encode(caption)), image] for caption in captions]
-    return prompts, [start, image]
+    *prompts, away = ([start, *(base + i for i in tokenizer.encode(text)), image] for text in (*captions, negative))
+    return prompts, away
 
 
 @torch.no_grad()

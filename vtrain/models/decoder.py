@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import vkernels
 from vtrain import rng
 from vtrain.batch import PackedBatch
+from vtrain.models.few_rows import linear
+from vtrain.models.few_rows import linear
 from vtrain.vocab import Vocabulary
 
 _DRAW_ROWS = 128  # rows that share one random stream: a shard draws only the blocks it holds
@@ -106,12 +107,12 @@ class DecoderLayer(nn.Module):
         """cos, sin float32[T, D/2]. With a cache, `cache.attend(index, q, k, v, batch)` does the attention."""
         update = self._attention(x, cos, sin, batch, cache, index)
         normed, x = vkernels.add_rms_norm(update, x, self.ffn_norm, self.config.norm_eps)
-        return x + F.linear(vkernels.swiglu(F.linear(normed, self.gate_up)), self.down)
+        return x + linear(vkernels.swiglu(linear(normed, self.gate_up)), self.down)
 
     def _attention(self, x, cos, sin, batch, cache, index) -> torch.Tensor:
         config = self.config
         Hq, Hk = config.heads, config.kv_heads
-        qkv = F.linear(vkernels.rms_norm(x, self.attn_norm, config.norm_eps), self.qkv, self.qkv_bias)
+        qkv = linear(vkernels.rms_norm(x, self.attn_norm, config.norm_eps), self.qkv, self.qkv_bias)
         q, k, v = qkv.view(-1, Hq + 2 * Hk, config.head_dim).split((Hq, Hk, Hk), dim=1)
         if config.qk_norm:
             q, k = vkernels.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, config.norm_eps)
@@ -131,7 +132,7 @@ class DecoderLayer(nn.Module):
                 kv_hi=batch.kv_hi,
                 tiles=tiles,
             )
-        return F.linear(o.flatten(1), self.out)
+        return linear(o.flatten(1), self.out)
 
 
 class Tables(nn.Module):
@@ -195,7 +196,8 @@ class Decoder(nn.Module):
         """hidden[T,C] -> [T, V], or side by side only the columns of the named ranges. KeyError for an unknown name."""
         names = self.vocab.names if ranges is None else ranges
         tables = [getattr(self.head, r.name)[: r.size] for r in map(self.vocab.__getitem__, names)]
-        return torch.cat([F.linear(hidden, table) for table in tables], dim=-1)
+        logits = [linear(hidden, table) for table in tables]
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -50,12 +50,12 @@ def matmul_parameters(config: DecoderConfig) -> int:
 
 
 def train_flops(
-    config: DecoderConfig, vocab: Vocabulary, seqlens: Sequence[int] | np.ndarray, scored: int | None = None
+    config: DecoderConfig, vocab: Vocabulary, seqlens: Sequence[int] | np.ndarray, scored: float | None = None
 ) -> float:
     """FLOPs of forward and backward over documents of the given lengths (tokens).
 
     6 per matmul weight and token, and three forwards' worth of causal attention. `scored` is the number of tokens whose
-    logits are computed (None = all); the padding rows of the head do not count.
+    logits are computed (None = all; one of which half are computed counts half); the padding rows of the head do not.
     """
     lengths = np.asarray(seqlens, dtype=np.float64)
     tokens = lengths.sum()

@@ -2,7 +2,8 @@
 
 Ours joins q,k,v and gate,up and keeps one table per vocabulary range; theirs has single projections and one matrix for
 all ids. Tensors stream one at a time in both directions: the model is never in memory twice. A folder that vtrain wrote
-also has `vocabulary.json` ({"ranges": [[name, size], ...], "specials": {token: id}}) and restores every range exactly.
+also has `vocabulary.json` ({"ranges": [[name, size], ...], "specials": {token: id}, "image": how pictures were
+prepared}) and restores every range exactly.
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ def read_specials(folder: str | Path) -> dict[str, int]:
     return dict(_read_json(path).get("specials", {})) if path.is_file() else {}
 
 
+def read_image_facts(folder: str | Path) -> dict:
+    """How the pictures were prepared that a model was trained on, e.g. {"resolution": 512, "downscale": 16}, as its
+    dataset's schema had it; empty where `vocabulary.json` does not say.
+    """
+    path = _existing(folder) / VOCABULARY
+    return dict(_read_json(path).get("image", {})) if path.is_file() else {}
+
+
 def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
     """The model of a folder, ready to generate: parameters on `device` in `dtype`, no gradients."""
     config = from_hf_config(read_hf_config(folder), str(Path(folder) / CONFIG))
@@ -84,13 +93,20 @@ def copy_parameters(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]
 
 
 def import_hf(
-    folder: str | Path, config: DecoderConfig, vocab: Vocabulary, *, new_rows: str = "mean", seed: int = 0
+    folder: str | Path,
+    config: DecoderConfig,
+    vocab: Vocabulary,
+    *,
+    used_rows: int | None = None,
+    new_rows: str = "mean",
+    seed: int = 0,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter of `Decoder(config, vocab)` as (our name, whole CPU tensor), read from a Hugging Face folder.
 
     Tables come as float32, the rest in the dtype of the file. In a folder from elsewhere row i of the matrices is id i
-    of the first range; their rows past its end are cut (padding), and all rows that they do not have are made:
-    new_rows "mean" is the mean of the kept rows, "normal" is drawn from (seed, name, row) with std `config.init_std`.
+    of the first range. Its first `used_rows` rows are kept, as many as its tokenizer has ids (None = all that the range
+    has room for): what follows is padding that was never trained. All other rows are made: new_rows "mean" is the mean
+    of the kept rows, "normal" is drawn from (seed, name, row) with std `config.init_std`.
     ValueError lists all keys that are missing, unmapped or of another shape; a folder with a `vocabulary.json` that
     differs from `vocab` is refused. Checks run at the call, tensors are read as the iterator is drawn.
     """
@@ -102,15 +118,17 @@ def import_hf(
         _same_vocabulary(folder / VOCABULARY, read_vocabulary(folder), vocab)
     files = _Files(folder)
     _check_keys(files, config, vocab, exact=ours)
-    return _read(files, config, vocab, new_rows, seed, ours)
+    first = vocab.ranges[0].size
+    most = vocab.size if ours else first if used_rows is None else min(first, used_rows)
+    return _read(files, config, vocab, new_rows, seed, most)
 
 
 def _read(
-    files: _Files, config: DecoderConfig, vocab: Vocabulary, new_rows: str, seed: int, ours: bool
+    files: _Files, config: DecoderConfig, vocab: Vocabulary, new_rows: str, seed: int, most: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for part, matrix in _matrices(config).items():
         stored = files.slice(matrix)
-        have = stored.get_shape()[0] if ours else min(stored.get_shape()[0], vocab.ranges[0].size)
+        have = min(stored.get_shape()[0], most)
         mean = _mean_row(stored, have) if have < vocab.size and new_rows == "mean" else None
         for r in vocab.ranges:
             name = f"{part}.{r.name}"
@@ -135,12 +153,14 @@ def export_hf(
     folder: str | Path,
     *,
     specials: Mapping[str, int] | None = None,
+    image: Mapping[str, object] | None = None,
     max_shard_bytes: float = 5e9,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write (our name, whole tensor) pairs, each parameter once, in any order, as a Hugging Face folder.
 
-    Padding rows are stripped and ranges joined into one matrix. A file holds at most `max_shard_bytes` (or one tensor);
+    Padding rows are stripped and ranges joined into one matrix. specials and image: facts of the dataset that
+    `vocabulary.json` keeps. A file holds at most `max_shard_bytes` (or one tensor);
     more than one come with an index. `dtype` None keeps that of the tensors. The folder is written beside its place and
     renamed, an older one is replaced; after an error nothing is left. ValueError lists names or shapes that do not fit.
     """
@@ -154,7 +174,8 @@ def export_hf(
         writer.finish()
         hf = to_hf_config(config, vocab) | {"torch_dtype": str(writer.saved_dtype).removeprefix("torch.")}
         _write_json(temporary / CONFIG, hf)
-        _write_json(temporary / VOCABULARY, {"ranges": vocab.to_json(), "specials": dict(specials or {})})
+        facts = {"ranges": vocab.to_json(), "specials": dict(specials or {})}
+        _write_json(temporary / VOCABULARY, facts | ({"image": dict(image)} if image else {}))
         replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

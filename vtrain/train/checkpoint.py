@@ -14,7 +14,8 @@ A folder is written under a temporary name and renamed when complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,11 @@ class Tensors:
 
     def joined(self, other: Tensors) -> Tensors:
         return Tensors(self.sharded | other.sharded, self.whole | other.whole)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the whole tensors by name."""
+        sharded = {name: (rows, *t.shape[1:]) for name, (t, rows) in self.sharded.items()}
+        return sharded | {name: tuple(t.shape) for name, t in self.whole.items()}
 
     def copied(self) -> Tensors:
         """Copies on the host, so that training may go on while they are written."""
@@ -117,30 +123,42 @@ def load(folder: Path, tensors: Tensors, world: World, state: dict | None = None
     CheckpointError lists every tensor that is missing, unexpected or of another shape.
     """
     state = read_state(folder) if state is None else state
-    problem, own = None, []
-    try:
+    with _failing_together():
         parts, own = _read_index(folder, state["ranks"])
-        _compare(folder, parts, tensors)
-        with _Files(folder) as files:
-            for name, (target, rows) in tensors.sharded.items():
-                first, stop = local_rows(rows, world)
-                _read_rows(files, name, parts[name], target, first, stop)
-            for name, target in tensors.whole.items():
-                target.copy_(files[parts[name][0][0]].get_tensor(name).reshape(target.shape))
-    except CheckpointError as error:
-        problem = str(error)
-    raise_together(problem)
+        _compare(folder, _shapes(folder, parts), tensors.shapes())
+        _fill(folder, parts, tensors, {name: name for name in tensors.shapes()}, world)
     return state, own
+
+
+def load_named(folder: Path, tensors: Tensors, names: Mapping[str, str], world: World, state: Mapping) -> None:
+    """Fill those of this rank's tensors that `names` has from what the checkpoint calls names[name], of equal shape."""
+    with _failing_together():
+        parts, _ = _read_index(folder, state["ranks"])
+        _fill(folder, parts, tensors, names, world)
+
+
+def shapes(folder: Path, state: Mapping) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a checkpoint with this state."""
+    with _failing_together():
+        parts, _ = _read_index(folder, state["ranks"])
+        return _shapes(folder, parts)
 
 
 def read_state(folder: Path) -> dict:
     """`state.json` of a checkpoint after its manifest has been checked."""
     check_manifest(folder)
+    return peek(folder)
+
+
+def peek(folder: Path) -> dict:
+    """`state.json` of a checkpoint; whether its files are whole is left to `read_state`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
     path = folder / "state.json"
     try:
         state = json.loads(path.read_text())
         found = state["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not the state of a checkpoint: {error}") from error
     if found != FORMAT:
         raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
@@ -171,6 +189,17 @@ def check_manifest(folder: Path) -> None:
         found = _fingerprint(target)
         if found != expected:
             raise CheckpointError(f"{target}: found {found}, the manifest says {expected}")
+
+
+def check_identity(folder: Path, found: dict, expected: dict) -> None:
+    """CheckpointError with all differences unless a checkpoint is of a run like this one."""
+    expected = json.loads(json.dumps(expected))  # tuples as the checkpoint has them: lists
+    names = sorted(found.keys() | expected.keys())
+    differences = [
+        f"{n}: checkpoint {found.get(n)}, this run {expected.get(n)}" for n in names if found.get(n) != expected.get(n)
+    ]
+    if differences:
+        raise CheckpointError(f"{folder}: checkpoint of another run: " + "; ".join(differences))
 
 
 def _write_rank(folder: Path, tensors: Tensors, own: Mapping, world: World) -> None:
@@ -229,20 +258,48 @@ class _Files:
         return self.open_files[name]
 
 
-def _compare(folder: Path, parts: dict, tensors: Tensors) -> None:
-    expected = {**{n: (t.shape[1:], r) for n, (t, r) in tensors.sharded.items()}}
-    expected |= {n: (t.shape[1:], t.shape[0] if t.ndim else 0) for n, t in tensors.whole.items()}
-    problems = [f"missing {n}" for n in sorted(expected.keys() - parts.keys())]
-    problems += [f"unexpected {n}" for n in sorted(parts.keys() - expected.keys())]
+def _shapes(folder: Path, parts: dict) -> dict[str, tuple[int, ...]]:
+    found = {}
     with _Files(folder) as files:
-        for name in sorted(expected.keys() & parts.keys()):
-            shapes = [files[file].get_slice(name).get_shape() for file, _ in parts[name]]
-            found = (tuple(shapes[0][1:]), sum(s[0] if s else 0 for s in shapes))
-            tail, rows = expected[name]
-            if found != (tuple(tail), rows):
-                problems.append(f"{name} is [{found[1]}, {found[0]}], expected [{rows}, {tuple(tail)}]")
+        for name, pieces in parts.items():
+            first, *others = (files[file].get_slice(name).get_shape() for file, _ in pieces)
+            found[name] = (first[0] + sum(s[0] for s in others), *first[1:]) if first else ()
+    return found
+
+
+def _compare(folder: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+    problems = [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {n}" for n in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{n} is {list(found[n])}, expected {list(expected[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if found[n] != expected[n]
+    ]
     if problems:
         raise CheckpointError(f"{folder}: checkpoint of another model: " + "; ".join(problems))
+
+
+def _fill(folder: Path, parts: dict, tensors: Tensors, names: Mapping[str, str], world: World) -> None:
+    """Copy this rank's rows of the tensors that are called names[name] in the checkpoint."""
+    with _Files(folder) as files:
+        for name, (target, rows) in tensors.sharded.items():
+            if name in names:
+                _read_rows(files, names[name], parts[names[name]], target, *local_rows(rows, world))
+        for name, target in tensors.whole.items():
+            if name in names:
+                file, _ = parts[names[name]][0]
+                target.copy_(files[file].get_tensor(names[name]).reshape(target.shape))
+
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """Where one rank meets a CheckpointError inside the block, all raise ValueError at its end."""
+    problem = None
+    try:
+        yield
+    except CheckpointError as error:
+        problem = str(error)
+    raise_together(problem)
 
 
 def _read_rows(files: _Files, name: str, parts: list, target: torch.Tensor, first: int, stop: int) -> None:

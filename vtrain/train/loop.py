@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from vtrain import config
 from vtrain.dist.comm import raise_together, sum_over_ranks
 from vtrain.dist.fsdp import reshard, sync_gradients
 from vtrain.dist.mesh import World
@@ -32,9 +31,8 @@ from vtrain.train.saver import Saver
 from vtrain.train.schedule import lr_factor
 from vtrain.train.signals import StopRequest
 from vtrain.train.sinks import open_sinks
+from vtrain.train.stage import TRAINING, Stage, place, stages_of, take_over, trained_steps
 from vtrain.train.watchdog import Watchdog
-
-TRAINING = "training.json"  # in the exported folder: {"step": of the weights, "trained_steps": of the run}
 
 
 class DataEnded(ValueError):
@@ -89,36 +87,42 @@ class Task(Protocol):
 
     def load_state(self, state: dict) -> None: ...
 
+    def next_stage(self, state: dict) -> None:
+        """Go on from the state of the stage before; only of tasks whose runs may have stages."""
+
     def export(self, folder: Path) -> None:
         """Write the finished model (a collective)."""
 
 
-def run(task: Task, settings: Any, world: World) -> Path:
-    """Train to the last step, or resume and do so; returns the folder of the exported model, `out/final`."""
-    return _Run(task, settings, world).run()
+def run(task: Task, settings: Any, world: World, stage: Stage | None = None) -> bool:
+    """Train to the last step, or resume and do so, and export the model to `out/final`; stage: this part of a run.
+
+    False where a rank was asked to stop: then no other stage should begin.
+    """
+    return _Run(task, settings, world, stage or stages_of([settings])[0]).run()
 
 
 class _Run:
-    def __init__(self, task: Task, settings: Any, world: World) -> None:
-        self.task, self.settings, self.world = task, settings, world
+    def __init__(self, task: Task, settings: Any, world: World, stage: Stage) -> None:
+        self.task, self.settings, self.world, self.stage = task, settings, world, stage
         self.out = Path(settings.run.out)
         self.folder = self.out / "checkpoints"
-        self.steps = settings.train.steps
-        self.step = 0
-        self.saved_step = 0  # of the newest checkpoint that was begun or resumed from
+        self.step, self.steps = stage.first, stage.last  # of all stages
+        self.saved_step = stage.first  # of the newest checkpoint that was begun or resumed from
         self.best: dict = {}  # {"step": n, "loss": x}
+        self.counted_apart: dict[str, list[list[str]]] = {}  # what the optimizers were told when the stage began
         self.term_weights: dict[str, float] = {}
         self.bad_steps = torch.zeros((), device=world.device)  # skipped ones; read when a line is logged
         self.meter = Meter(world.device, task.unit, task.peak_flops)
         self.saver = Saver(self.folder, world, settings.checkpoint.keep)
-        self.ema = Ema(task.optimizers.values(), settings.optim.ema) if settings.optim.ema else None
+        self.ema = self._new_ema()
         self.watchdog = Watchdog(world.rank, settings.run.timeout_s)
         self.stop = StopRequest()
         self.sinks: list = []
         for module in (task.root, *task.root.children()):  # a long evaluation or a drawing gets on by forwards
             module.register_forward_pre_hook(lambda *_: self.watchdog.beat())
 
-    def run(self) -> Path:
+    def run(self) -> bool:
         try:
             with self.stop, self.watchdog:
                 return self._run()
@@ -130,13 +134,13 @@ class _Run:
             for sink in self.sinks:
                 sink.close()
 
-    def _run(self) -> Path:
+    def _run(self) -> bool:
         self._on_main(self._clear_leftovers)
         self._resume()
-        final = self.out / "final"
-        if self.step == self.steps and self._of_main(_exported_after(final)) == self.steps:
+        final = self.stage.exported(self.out)
+        if self.step == self.steps and self._of_main(trained_steps(final)) == self.steps:
             self._say(f"{self.out}: already trained to step {self.step}; nothing to do")
-            return final
+            return True
         self._on_main(self._open_out)
         self.meter.restart_clock()
         self._train()
@@ -146,7 +150,7 @@ class _Run:
             self._say(f"stopped at step {self.step}/{self.steps}, which is saved; the same command goes on from there")
         else:
             self._finish(final)
-        return final
+        return not sum_over_ranks([bool(self.stop.name)])[0]
 
     def _clear_leftovers(self) -> None:
         for folder in (self.out, self.folder):
@@ -155,7 +159,7 @@ class _Run:
     def _open_out(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saver.prune(self._protected())  # what a killed run did not come to
-        write_durably(self.out / "config.toml", config.dump(self.settings))
+        write_durably(self.out / "config.toml", self.stage.config)
         self.sinks = open_sinks(self.settings.log.sinks, self.out, self.settings.run.name, self.step)
 
     def _train(self) -> None:
@@ -163,11 +167,11 @@ class _Run:
         while self.step < self.steps:
             try:
                 norm, stopping = self._one_step()
-            except DataEnded:  # on all ranks at the same step
+            except DataEnded as error:  # on all ranks at the same step
                 if self.saved_step < self.step:
                     self._save()
                     self.saver.wait()
-                raise
+                raise self._data_ended(error) from None
             last = self.step == self.steps
             if last or self.step % every.log.every == 0:
                 self._log(norm)
@@ -182,6 +186,12 @@ class _Run:
             if stopping:
                 return
 
+    def _data_ended(self, error: DataEnded) -> DataEnded:
+        stage, trained = self.stage, self.step - self.stage.first
+        key = "train.steps" if stage.count == 1 else f"stage.{stage.number}.train.steps"
+        advice = f"; {key}={trained} exports what was trained" if trained else ""
+        return DataEnded(f"the data ended after step {self.step}, which is saved: {error}{advice}")
+
     def _one_step(self) -> tuple[torch.Tensor, bool]:
         """One update; (gradient norm, whether a rank was asked to stop)."""
         task, started = self.task, time.perf_counter()
@@ -192,7 +202,12 @@ class _Run:
         counts, stopping = self._agree(work.counts)
         optim = self.settings.optim
         factor = lr_factor(
-            self.step, self.steps, kind=optim.schedule, warmup=optim.warmup, decay=optim.decay, floor=optim.min_lr
+            self.step - self.stage.first,
+            self.settings.train.steps,
+            kind=optim.schedule,
+            warmup=optim.warmup,
+            decay=optim.decay,
+            floor=optim.min_lr,
         )
         for name, optimizer in task.optimizers.items():
             loss = self._forward_backward(name, work, counts)
@@ -276,6 +291,9 @@ class _Run:
         self.meter.restart_clock()  # an evaluation is not training time
         return improved
 
+    def _new_ema(self) -> Ema | None:
+        return Ema(self.task.optimizers.values(), self.settings.optim.ema) if self.settings.optim.ema else None
+
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The model computes with the averaged weights, if there are any, inside the block."""
@@ -300,9 +318,11 @@ class _Run:
             "units": self.meter.total_units,
             "bad_steps": int(self.bad_steps),
         }
+        if self.stage.count > 1:
+            state["stage"] = {**self.stage.state(), "counted_apart": self.counted_apart}
         own = {"meter": self.meter.state()}
         self._on_main(lambda: [sink.sync() for sink in self.sinks])
-        self.saver.begin(self.step, self._tensors(), state, own, config.dump(self.settings), self._protected())
+        self.saver.begin(self.step, self._tensors(), state, own, self.stage.config, self._protected())
         self.saved_step = self.step
 
     def _protected(self) -> set[int]:
@@ -327,7 +347,11 @@ class _Run:
         if choice == "never" or (choice == "auto" and newest < 0):
             return
         source = checkpoint.step_folder(self.folder, newest) if choice == "auto" else Path(choice)
-        self._restore(source)
+        state = checkpoint.read_state(source)
+        if place(state)[0] == self.stage.number - 1:
+            self._begin_stage(source, state)
+        else:
+            self._restore(source, state)
         if newest > self.step:
             raise ValueError(
                 f"{self.folder}: has a checkpoint at step {newest}, later than {source} at step {self.step}; "
@@ -335,11 +359,24 @@ class _Run:
             )
         self._say(f"resumed from {source} at step {self.step}/{self.steps}")
 
-    def _restore(self, source: Path) -> None:
-        state = checkpoint.read_state(source)
-        _check_identity(source, state["identity"], self.task.identity())
-        if state["step"] > self.steps:
-            raise ValueError(f"{source}: is at step {state['step']}, past train.steps = {self.steps}")
+    def _begin_stage(self, source: Path, state: dict) -> None:
+        """Take over from the last checkpoint of the stage before."""
+        self.stage.check_before(state, source)
+        self.counted_apart = take_over(self.task, self.settings.init, source, state, self.world)
+        try:
+            self.task.next_stage(state["task"])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        self.ema = self._new_ema()
+        self.meter.total_units = state["units"]
+
+    def _restore(self, source: Path, state: dict) -> None:
+        self.stage.check_own(state, source)
+        checkpoint.check_identity(source, state["identity"], self.task.identity())
+        self.counted_apart = state.get("stage", {}).get("counted_apart", {})
+        for name, groups in self.counted_apart.items():
+            for group in groups:
+                self.task.optimizers[name].count_apart(group)
         _, own = checkpoint.load(source, self._tensors(), self.world, state)
         try:
             self.task.load_state(state["task"])
@@ -368,7 +405,7 @@ class _Run:
             checkpoint.load(checkpoint.step_folder(self.folder, exported), self._tensors(), self.world)
             self._say(f"exporting the best checkpoint: step {exported}, eval loss {self.best['loss']:.4f}")
         self._doing("exporting")
-        new = self.out / ".tmp-final"
+        new = final.with_name(f".tmp-{final.name}")
         self._on_main(self._check_out)
         with self._averaged():
             self.task.export(new)
@@ -411,27 +448,11 @@ class _Run:
         self.watchdog.doing(operation, self.step)
 
     def _write(self, record: dict) -> None:
+        if self.stage.count > 1:
+            record = record | {"stage": self.stage.number}
         for sink in self.sinks:
             sink.write(record)
 
     def _say(self, text: str) -> None:
         if self.world.main:
             print(text, flush=True)
-
-
-def _exported_after(final: Path) -> int:
-    """The number of steps behind the model in `final`, -1 where there is none."""
-    try:
-        return json.loads((final / TRAINING).read_text())["trained_steps"]
-    except (OSError, ValueError, KeyError):
-        return -1
-
-
-def _check_identity(source: Path, found: dict, expected: dict) -> None:
-    expected = json.loads(json.dumps(expected))  # tuples as the checkpoint has them: lists
-    names = sorted(found.keys() | expected.keys())
-    differences = [
-        f"{n}: checkpoint {found.get(n)}, this run {expected.get(n)}" for n in names if found.get(n) != expected.get(n)
-    ]
-    if differences:
-        raise checkpoint.CheckpointError(f"{source}: checkpoint of another run: " + "; ".join(differences))

@@ -41,7 +41,18 @@ class AdamW:
         self.squares = {name: torch.zeros_like(shard) for name, shard in self.shards.items()}
         device = next(iter(self.shards.values())).device
         self.updates = torch.zeros((), device=device)  # made so far; counted on the device, which alone knows of skips
+        self._counts = [(self.updates, list(self.parameters))]  # names of parameters by the count that is theirs
         self._factor: torch.Tensor | None = None  # of the gradients, in the coming step
+
+    def count_apart(self, names: Iterable[str]) -> None:
+        """Count the updates of these parameters anew: their moments begin at zero while those of others go on.
+
+        Under the others' count nothing would correct their bias: their first updates would be 3 times too large.
+        """
+        apart = set(names)
+        rest = [(count, [n for n in theirs if n not in apart]) for count, theirs in self._counts]
+        new = (torch.zeros_like(self.updates), [n for n in self.parameters if n in apart])
+        self._counts = [(count, theirs) for count, theirs in (*rest, new) if theirs]
 
     def set_lr(self, lr: float) -> None:
         self.lr = lr
@@ -64,16 +75,18 @@ class AdamW:
         """Update, or leave weights and state as they are where `kept` (a device scalar) is 0; drop the gradients."""
         gradients = self._gradients()
         lists = (self.shards, gradients, self.averages, self.squares)
-        vkernels.adamw_step(
-            *([tensors[name] for name in gradients] for tensors in lists),
-            step=self.updates,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=[self.decays[name] for name in gradients],
-            grad_scale=self._factor,
-            kept=kept,
-        )
+        for count, names in self._counts:
+            own = [name for name in names if name in gradients]
+            vkernels.adamw_step(
+                *([tensors[name] for name in own] for tensors in lists),
+                step=count,
+                lr=self.lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=[self.decays[name] for name in own],
+                grad_scale=self._factor,
+                kept=kept,
+            )
         self._factor = None
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -86,9 +99,9 @@ class AdamW:
         """The optimizer's state for a checkpoint, as views: moments by rows; the count under every name, as in torch's
         own state.
         """
-        sharded, whole = {}, {}
+        whole = {f"{prefix}.{name}.step": count for count, names in self._counts for name in names}
+        sharded = {}
         for name, parameter in self.parameters.items():
-            whole[f"{prefix}.{name}.step"] = self.updates
             sharded[f"{prefix}.{name}.exp_avg"] = (self.averages[name], parameter.shape[0])
             sharded[f"{prefix}.{name}.exp_avg_sq"] = (self.squares[name], parameter.shape[0])
         return Tensors(sharded, whole)

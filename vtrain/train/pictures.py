@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from vtrain.data.reader import Dataset
 from vtrain.dist.mesh import World
 from vtrain.generate.engine import generate
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
@@ -20,35 +21,38 @@ from vtrain.visual.sheets import draw_grid, write_png
 class PictureDrawer:
     """Samples `sample.prompts` from the model in training, with the tokenizers that a dataset carries.
 
-    Every rank generates the same pictures, because a sharded decoder's forward is a collective; the main rank writes.
-    ValueError if the dataset has no tokenizers.
+    They are of the size that the dataset was made at. Every rank generates the same pictures, because a sharded
+    decoder's forward is a collective; the main rank writes. ValueError if the dataset has no tokenizers.
     """
 
-    def __init__(self, settings: TrainingPictures, dataset_path: Path, out: Path, seed: int, world: World) -> None:
+    def __init__(self, settings: TrainingPictures, dataset: Dataset, out: Path, seed: int, world: World) -> None:
         for asset in ("text_tokenizer", "image_tokenizer"):
-            if not (dataset_path / asset).is_dir():
-                raise ValueError(f"sample.every: {dataset_path} has no {asset}/ to draw pictures with")
+            if not (dataset.path / asset).is_dir():
+                raise ValueError(f"sample.every: {dataset.path} has no {asset}/ to draw pictures with")
         self.settings, self.out, self.seed, self.world = settings, out / "samples", seed, world
-        self.text = load_text_tokenizer(dataset_path / "text_tokenizer")
-        self.image = load_image_tokenizer(dataset_path / "image_tokenizer", world.device)
+        self.text = load_text_tokenizer(dataset.path / "text_tokenizer")
+        self.image = load_image_tokenizer(dataset.path / "image_tokenizer", world.device)
+        resolution = int(dataset.schema.image.get("resolution", self.image.resolution))
+        self.side = resolution // self.image.downscale  # of the grid of codes
 
     def draw(self, root: nn.Module, decoder: Decoder, step: int) -> None:
         """`root` is the FSDP root around `decoder`, which has run at least one training step."""
         s = self.settings
-        prompts, uncond = text_to_image_prompts(s.prompts, self.text, decoder.vocab)
+        prompts, uncond = text_to_image_prompts(s.prompts, self.text, decoder.vocab, negative=s.negative)
         rows = [prompt for prompt in prompts for _ in range(s.per_prompt)]
-        side = self.image.config.resolution // self.image.downscale
         root.unshard()
         try:
             ids = generate(
                 decoder,
                 rows,
                 [fold(0, n) for n in range(len(rows))],
-                steps=side * side,
+                steps=self.side**2,
                 cfg=s.cfg,
                 temperature=s.temperature,
                 top_k=s.top_k,
                 top_p=s.top_p,
+                repetition_penalty=s.repetition_penalty,
+                speculate=s.speculate,
                 seed=self.seed,
                 uncond_prompts=[uncond] * len(rows),
                 batch_size=s.batch_size,
@@ -56,6 +60,6 @@ class PictureDrawer:
         finally:
             root.reshard()
         if self.world.main:
-            pictures = decode_pictures(ids, self.image, decoder.vocab, grid=(side, side))
+            pictures = decode_pictures(ids, self.image, decoder.vocab, grid=(self.side, self.side))
             grid = draw_grid(s.prompts, [pictures[n : n + s.per_prompt] for n in range(0, len(rows), s.per_prompt)])
             write_png(self.out / f"step-{step:08d}.png", grid)

@@ -57,8 +57,34 @@ def center_crop_resize(image: Image.Image, resolution: int, filter: str = "bicub
     if shorter != resolution:
         size = tuple(resolution if side == shorter else resolution * side // shorter for side in image.size)
         image = image.resize(size, FILTERS[filter] if shorter < resolution else Image.Resampling.LANCZOS)
-    width, height = image.size
-    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return _middle(image, resolution)
+
+
+def adm_center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """uint8 [resolution, resolution, 3], as ADM, LlamaGen and SimpleAR prepare pictures.
+
+    Halved by averaging while the shorter side is at least twice `resolution`, brought to it with bicubic (the longer
+    side is rounded, not cut), then the middle is cut out. Every picture is resampled, also one that fits already.
+    """
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return _middle(image, resolution)
+
+
+def square(image: Image.Image, resolution: int, crop: str = "center", filter: str = "bicubic") -> np.ndarray:
+    """uint8 [resolution, resolution, 3] by the key `input.crop`: center (which reads `filter`) or adm."""
+    if crop == "center":
+        return center_crop_resize(image, resolution, filter)
+    if crop == "adm":
+        return adm_center_crop(image, resolution)
+    raise ValueError(f"crop {crop!r}; expected one of center, adm")
+
+
+def _middle(image: Image.Image, resolution: int) -> np.ndarray:
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return np.array(image.crop((left, top, left + resolution, top + resolution)))
 
 

@@ -1,4 +1,8 @@
-"""Image tokenizers as the commands use them: pixels in, codes out. A folder of config.json and model.safetensors."""
+"""Image tokenizers as the commands use them: pixels in, codes out.
+
+A folder of config.json and model.safetensors, which `save` writes; or one that holds NVIDIA's Cosmos-Tokenizer
+DV8x16x16 or DI16x16 as it is published: encoder.jit and decoder.jit (or both as .safetensors).
+"""
 
 from __future__ import annotations
 
@@ -14,38 +18,53 @@ import safetensors.torch
 import torch
 
 from vtrain.files import write_durably
+from vtrain.visual.cosmos import CosmosConfig, CosmosVideo
+from vtrain.visual.cosmos_fold import CosmosImages
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
+from vtrain.visual.weights import build_cosmos, find_halves, read_halves, read_tensors, without_constants
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-KIND = "autoencoder"  # the one value of "type" in config.json so far
+AUTOENCODER, COSMOS = "autoencoder", "cosmos"  # "type" in config.json
+COSMOS_KEYS = ("variant", "resolution")  # of config.json; the widths are those of the tensors
 
 
 class ImageTokenizer:
-    """A frozen autoencoder in evaluation mode. `ImageTokenizer(model)` shares the model's weights."""
+    """A frozen network in evaluation mode. `ImageTokenizer(model)` shares the model's weights.
 
-    def __init__(self, model: Autoencoder):
+    tensors: what `save` writes where the model computes in other numbers (another dtype, folded); None = its own.
+    """
+
+    def __init__(self, model: Autoencoder | CosmosVideo | CosmosImages, tensors: dict[str, torch.Tensor] | None = None):
         self.model = model.eval().requires_grad_(False)
+        self._tensors = tensors
 
     @property
-    def config(self) -> AutoencoderConfig:
-        return self.model.config
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that it was made for; it takes others, too."""
+        return self.model.config.resolution
 
     @property
     def num_codes(self) -> int:
-        return self.config.num_codes
+        return self.model.config.num_codes
 
     @property
     def downscale(self) -> int:
         """Pixels along one side of a code."""
-        return self.config.downscale
+        return self.model.config.downscale
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def _first(self) -> torch.Tensor:
+        return next(self.model.parameters())
 
     @cached_property
     def sha256(self) -> str:
-        """Of the two files as `save` writes them, config first: two tokenizers that agree in it give the same codes."""
-        return hashlib.sha256(
-            _config_bytes(self.config) + safetensors.torch.save(_on_host(self.model.weights()))
-        ).hexdigest()
+        """Of the two files as `save` writes them, config first; device, dtype and folding are no part of it."""
+        return hashlib.sha256(_config_bytes(self.model.config) + _weights_bytes(self._saved())).hexdigest()
 
     def to(self, device: torch.device | str) -> ImageTokenizer:
         self.model.to(device)
@@ -57,17 +76,17 @@ class ImageTokenizer:
 
         ValueError when H or W is not a multiple of `downscale`.
         """
+        channels = self.model.config.in_channels
         if (
             images.ndim != 4
-            or images.shape[1] != self.config.in_channels
+            or images.shape[1] != channels
             or any(side == 0 or side % self.downscale for side in images.shape[2:])
         ):
             raise ValueError(
-                f"images have shape {list(images.shape)}; expected [B, {self.config.in_channels}, H, W] "
+                f"images have shape {list(images.shape)}; expected [B, {channels}, H, W] "
                 f"with H and W multiples of {self.downscale}"
             )
-        weight = self.model.quant_conv.weight
-        return self.model.encode(images.to(weight.device, weight.dtype)).long()
+        return self.model.encode(images.to(self.device, self._first.dtype)).long()
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
@@ -77,58 +96,86 @@ class ImageTokenizer:
         outside = ids[(ids < 0) | (ids >= self.num_codes)]
         if len(outside):
             raise ValueError(f"code {int(outside[0])} is outside the codebook 0..{self.num_codes - 1}")
-        return self.model.decode(ids.to(self.model.quant_conv.weight.device)).float().clamp(-1.0, 1.0)
+        return self.model.decode(ids.to(self.device)).float().clamp(-1.0, 1.0)
 
     def save(self, folder: str | os.PathLike) -> None:
-        save_image_tokenizer(folder, self.config, self.model.weights())
+        save_image_tokenizer(folder, self.model.config, self._saved())
+
+    def _saved(self) -> dict[str, torch.Tensor]:
+        return self.model.weights() if self._tensors is None else self._tensors
 
 
 def save_image_tokenizer(
-    folder: str | os.PathLike, config: AutoencoderConfig, tensors: dict[str, torch.Tensor]
+    folder: str | os.PathLike, config: AutoencoderConfig | CosmosConfig, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Write config.json and model.safetensors (tensors as of `Autoencoder.weights`), each whole or not at all."""
+    """Write config.json and model.safetensors (`Autoencoder.weights`, or those published), each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / WEIGHTS_FILE, safetensors.torch.save(_on_host(tensors)))
+    write_durably(folder / WEIGHTS_FILE, _weights_bytes(tensors))
     write_durably(folder / CONFIG_FILE, _config_bytes(config))
 
 
-def load_image_tokenizer(folder: str | os.PathLike, device: torch.device | str = "cpu") -> ImageTokenizer:
-    """Read a folder that `save` wrote. ValueError names the file and what is wrong; it lists all wrong tensors."""
+def load_image_tokenizer(
+    folder: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    fold: bool = True,
+) -> ImageTokenizer:
+    """Read a folder that `save` wrote, or one of NVIDIA's. ValueError names the file; it lists all wrong tensors.
+
+    dtype: what is computed in; codes are rounded or looked up in float32 all the same. fold: a video tokenizer
+    (DV8x16x16) becomes the plain network that it is for single images, which is exact and less work.
+    """
     folder = Path(folder)
+    if halves := find_halves(folder):
+        tensors = read_halves(halves)
+        model = build_cosmos(tensors, str(folder), dtype=dtype, folded=fold)
+        return ImageTokenizer(model, tensors).to(device)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; an image tokenizer is {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise ValueError(
+                f"{folder / name}: no such file; an image tokenizer is {CONFIG_FILE} and {WEIGHTS_FILE}, "
+                "or Cosmos' encoder.jit and decoder.jit"
+            )
     config = read_config(folder / CONFIG_FILE)
-    try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: not a whole safetensors file: {error}") from error
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {', '.join(broken)}: NaN or infinity; expected finite numbers")
+    weights = folder / WEIGHTS_FILE
+    tensors = read_tensors(weights)
+    if isinstance(config, CosmosConfig):
+        tensors = without_constants(tensors, str(weights))
+        stated = {key: getattr(config, key) for key in COSMOS_KEYS}
+        model = build_cosmos(tensors, str(weights), **stated, dtype=dtype, folded=fold)
+        return ImageTokenizer(model, tensors).to(device)
     with torch.random.fork_rng(devices=()):  # weights about to be overwritten must not use up the caller's draws
         model = Autoencoder(config)
-    model.load_weights(tensors, origin=str(folder / WEIGHTS_FILE))
-    return ImageTokenizer(model).to(device)
+    model.load_weights(tensors, origin=str(weights))
+    if dtype == torch.float32:
+        return ImageTokenizer(model).to(device)
+    for part in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
+        part.to(dtype)
+    return ImageTokenizer(model, tensors).to(device)
 
 
-def read_config(path: str | os.PathLike) -> AutoencoderConfig:
+def read_config(path: str | os.PathLike) -> AutoencoderConfig | CosmosConfig:
     """ValueError names the file and the key."""
     try:
         values = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     kind = values.pop("type", None) if isinstance(values, dict) else None
-    if kind != KIND:
-        raise ValueError(f"{path}: type is {kind!r}; expected {KIND!r}")
-    known = {field.name: field.default for field in fields(AutoencoderConfig)}
+    if kind == AUTOENCODER:
+        cls, known = AutoencoderConfig, {field.name: field.default for field in fields(AutoencoderConfig)}
+    elif kind == COSMOS:
+        cls, known = CosmosConfig, {"variant": "", "resolution": CosmosConfig.resolution}
+    else:
+        raise ValueError(f"{path}: type is {kind!r}; expected {AUTOENCODER!r} or {COSMOS!r}")
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         _check_type(f"{path}: {key}", values[key], known[key])
     try:
-        return AutoencoderConfig(**values)
+        return cls(**{**known, **values})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -144,9 +191,13 @@ def _check_type(name: str, value: object, default: object) -> None:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
-def _config_bytes(config: AutoencoderConfig) -> bytes:
-    return (json.dumps({"type": KIND, **asdict(config)}, indent=2) + "\n").encode()
+def _config_bytes(config: AutoencoderConfig | CosmosConfig) -> bytes:
+    if isinstance(config, CosmosConfig):
+        values = {"type": COSMOS, **{key: getattr(config, key) for key in COSMOS_KEYS}}
+    else:
+        values = {"type": AUTOENCODER, **asdict(config)}
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _weights_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

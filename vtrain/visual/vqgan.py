@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -150,22 +151,24 @@ class Autoencoder(nn.Module):
 
     def load_weights(self, tensors: dict[str, torch.Tensor], origin: str = "weights") -> None:
         """The inverse of `weights`. ValueError lists every missing, unexpected and misshapen tensor."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        problems = [f"missing {name}" for name in expected if name not in found]
-        problems += [f"unexpected {name}" for name in found if name not in expected]
-        problems += [
-            f"{name} has shape {list(found[name])}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ]
-        if problems:
+        if problems := mismatches(tensors, self.weights()):
             raise ValueError(f"{origin} does not fit the autoencoder: {'; '.join(problems)}")
         self.load_state_dict(tensors, strict=False)
         self.quantize.restart()
 
     def _training_state(self) -> set[str]:
         return {f"quantize.{name}" for name in self.quantize.training_state}
+
+
+def mismatches(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """Every missing, unexpected and misshapen tensor, in words."""
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    return problems + [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
 
 
 class Encoder(nn.Module):

@@ -32,7 +32,7 @@ from vtrain.data.importers.base import (
     whole_segments,
     without,
 )
-from vtrain.data.importers.json_records import Broken, JsonRecords
+from vtrain.data.json_records import Broken, JsonRecords
 from vtrain.data.samples import Samples, cumulative
 from vtrain.data.schema import Modality, Role, Schema, SegmentFlag
 from vtrain.data.sources.record import stable_key

@@ -181,4 +181,5 @@ def _importer(kind: str) -> type[Records]:
     return type(f"Records_{kind}", (Records,), {"kind": kind, "__doc__": f"Records of the source {kind}."})
 
 
-RECORDS: dict[str, type[Records]] = {kind: _importer(kind) for kind in KINDS}
+# What is called simplear among the importers are codes, not pictures.
+RECORDS: dict[str, type[Records]] = {kind: _importer(kind) for kind in KINDS if kind != "simplear"}

@@ -1,7 +1,7 @@
 """SimpleAR: an npy of codes and a text file of captions per picture, listed in meta files, mixes or folders.
 
     meta    JSON list or JSONL of {"code_path": ..., "label_path": ...}
-    mix     YAML `datasets: [{json_path: meta, sampling_strategy: all | first:N | end:N | random:N}]`, N or P%
+    mix     YAML that takes all or a part of several metas (vtrain.data.sources.simplear_lists)
     folder  NAME/512_codes/0.npy, 1.npy, ... and NAME/512_labels/0.npy, 1.npy, ...
 
 Codes are integers [1, 1, h, w]; labels are UTF-8 text, whatever their names end in: a caption per line.
@@ -9,11 +9,10 @@ Codes are integers [1, 1, h, w]; labels are UTF-8 text, whatever their names end
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +31,17 @@ from vtrain.data.importers.base import (
     make_schema,
     relative_names,
 )
-from vtrain.data.importers.json_records import Broken, JsonRecords
+from vtrain.data.json_records import Broken
 from vtrain.data.samples import cumulative
-from vtrain.data.schema import Modality, Role
-from vtrain.data.sources.file_patterns import find_files
-from vtrain.data.sources.record import stable_key
-from vtrain.rng import fold, uniform
+from vtrain.data.schema import Modality, Role, Schema
+from vtrain.data.sources.captions import short_and_whole, spaced
+from vtrain.data.sources.record import MAX_CAPTIONS, stable_key
+from vtrain.data.sources.simplear_lists import ListFile, is_mix, open_mix
 
 VISUAL = 64000  # codes of the Cosmos tokenizers
 CAPTIONS = ("whole", "short", "second")
-MAX_CAPTIONS = 256  # of a picture: shards number caption variants with a u8
 MAX_LABEL = 1 << 20  # bytes of a caption file; a larger one is no caption
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as its file is called; one with more digits does not fit int64
-_STRATEGY = re.compile(r"(first|end|random):(\d+)(%?)")
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,17 @@ class Pair:
 
 
 class MetaFile:
-    """A meta file, or a part of it that a mix chooses."""
+    """The pairs of a meta file, or of the part of it that a mix chooses."""
 
-    def __init__(self, path: Path, root: str | None, strategy: str = "all") -> None:
-        self.path, self.root = path, Path(root) if root else path.absolute().parent
-        self.records = JsonRecords(path)
-        self.chosen = _choose(strategy, len(self.records), path)
-        self.fingerprint = [path.stat().st_size, f"{self.records.crc:08x}", strategy]
+    def __init__(self, records: ListFile, root: str | None) -> None:
+        self.records, self.root = records, Path(root) if root else records.path.absolute().parent
+        self.fingerprint = records.fingerprint
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.records)
 
     def read(self, first: int, last: int) -> Iterator[Pair]:
-        chosen = self.chosen[first:last]
-        wanted = chosen if isinstance(chosen, range) else set(chosen.tolist())
-        for number, name, value in self.records.read(int(chosen[0]), int(chosen[-1]) + 1):
-            if number in wanted:
-                yield self._pair(name, value)
+        return (self._pair(name, value) for name, value in self.records.read(first, last))
 
     def _pair(self, name: str, value: object) -> Pair:
         if isinstance(value, Broken):
@@ -120,12 +111,12 @@ class CodesFolder:
 class SimpleAR(Numbered):
     """inputs: meta files, mixes, folders. A sample is a text segment per caption variant, then the picture's codes.
 
-    captions: "whole" takes every line as a variant; "short" adds the first sentence where there is one line alone;
-    "second" takes of several lines the second only (SimpleAR trains on either of the last two). What a resumed import
-    compares are the lists: the pictures' own files are too many to be read twice.
+    captions: "whole" takes every line as a variant; "short" puts the first sentence before the line where there is one
+    alone; "second" takes of several lines the second only (SimpleAR trains on either of the last two). What a resumed
+    import compares are the lists: the pictures' own files are too many to be read twice.
     """
 
-    takes = (*VOCABULARY, "root", "captions", "total")
+    takes = (*VOCABULARY, "root", "captions", "total", "resolution", "caption_space")
     noun = "pictures"
 
     def __init__(self, inputs: Sequence[Path], options: Options) -> None:
@@ -134,7 +125,8 @@ class SimpleAR(Numbered):
         self.captions = options.captions or CAPTIONS[0]
         if self.captions not in CAPTIONS:
             raise ValueError(f"import simplear: captions is {self.captions!r}; expected {', '.join(CAPTIONS)}")
-        self.schema, self.tokenizer = make_schema("simplear", options, visual=VISUAL)
+        schema, self.tokenizer = make_schema("simplear", options, visual=VISUAL)
+        self.schema: Schema = replace(schema, **_facts(options))
         self.assets = {"text_tokenizer": self.tokenizer}
         self.lists: list[tuple[str, MetaFile | CodesFolder]] = []
         for path, name in zip(inputs, relative_names(inputs)):
@@ -145,7 +137,8 @@ class SimpleAR(Numbered):
         return int(self.cu[-1])
 
     def fingerprint(self) -> dict:
-        return {**{f"file {name}": pairs.fingerprint for name, pairs in self.lists}, "captions": self.captions}
+        files = {f"file {name}": pairs.fingerprint for name, pairs in self.lists}
+        return {**files, "captions": self.captions, **self.schema.image, **self.schema.text}
 
     def describe(self) -> str:
         names = ", ".join(f"{name} ({len(pairs)})" for name, pairs in self.lists)
@@ -182,8 +175,12 @@ class SimpleAR(Numbered):
         segments["variant"][:-1] = np.arange(len(captions))
         segments["modality"][-1], segments["role"][-1] = Modality.IMAGE, Role.TARGET
         segments["t"][-1], segments["h"][-1], segments["w"][-1] = 1, h, w
-        texts = [np.array(self.tokenizer.encode(caption), dtype=np.int64) for caption in captions]
+        texts = [self._encode(caption) for caption in captions]
         return [*texts, ids + visual.base], segments
+
+    def _encode(self, caption: str) -> np.ndarray:
+        text = spaced(caption) if self.schema.text else caption
+        return np.array(self.tokenizer.encode(text), dtype=np.int64)
 
     def _variants(self, path: Path) -> list[str]:
         """The captions of a label file; none where it is blank."""
@@ -197,52 +194,28 @@ class SimpleAR(Numbered):
             raise ValueError(f"{path}: {len(lines)} captions; expected at most {MAX_CAPTIONS}")
         if len(lines) > 1:
             return lines[1:2] if self.captions == "second" else lines
-        sentence = lines[0].partition(".")[0] + "." if lines and "." in lines[0] else ""
-        return [*lines, sentence] if self.captions == "short" and sentence not in ("", *lines) else lines
+        return short_and_whole(lines[0]) if lines and self.captions == "short" else lines
+
+
+def _facts(options: Options) -> dict[str, dict]:
+    """What the schema says of pictures and captions beyond what all imports say; nothing where nothing was given."""
+    if options.resolution is not None and options.resolution < 1:
+        raise ValueError(f"import simplear: resolution is {options.resolution}; expected pixels, at least 1")
+    return {
+        "image": {} if options.resolution is None else {"resolution": options.resolution},
+        "text": {"caption_space": True} if options.caption_space else {},
+    }
 
 
 def _open(path: Path, options: Options) -> Iterator[tuple[str, MetaFile | CodesFolder]]:
     """(what is added to the input's name, list) of all that an input names."""
     if path.is_dir():
         yield "", CodesFolder(path, options.total)
-    elif path.suffix in (".yaml", ".yml"):
-        for number, entry in enumerate(_read_mix(path)):
-            for name, meta in find_files(path.absolute().parent / entry["json_path"], (".json", ".jsonl")):
-                yield f"[{number}] {name}", MetaFile(meta, options.root, entry.get("sampling_strategy", "all"))
+    elif is_mix(path):
+        for name, records in open_mix(path):
+            yield name, MetaFile(records, options.root)
     else:
-        yield "", MetaFile(path, options.root)
-
-
-def _read_mix(path: Path) -> list[dict]:
-    try:
-        import yaml
-    except ImportError:
-        raise ValueError(f"{path}: reading YAML needs pyyaml: pip install 'vtrain[data]'") from None
-    try:
-        entries = yaml.safe_load(path.read_bytes())["datasets"]
-        broken = next((e for e in entries if not isinstance(e, dict) or not isinstance(e.get("json_path"), str)), None)
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}; expected `datasets:` with a list") from None
-    if broken is not None:
-        raise ValueError(f"{path}: {broken}; expected json_path and sampling_strategy")
-    return entries
-
-
-def _choose(strategy: str, count: int, path: Path) -> range | np.ndarray:
-    """The record numbers that a strategy takes, rising; `random` depends on the file's name alone."""
-    match = _STRATEGY.fullmatch(str(strategy).replace(" ", ""))
-    if strategy == "all":
-        return range(count)
-    if match is None:
-        raise ValueError(f"{path}: sampling_strategy {strategy!r}; expected all, first:N, end:N or random:N, N or P%")
-    kind, number, percent = match.groups()
-    wanted = min(math.ceil(int(number) * count / 100) if percent else int(number), count)
-    if kind == "first":
-        return range(wanted)
-    if kind == "end":
-        return range(count - wanted, count)
-    draws = uniform(fold(0, "simplear", path.name), np.arange(count))
-    return np.sort(np.argsort(draws, kind="stable")[:wanted])
+        yield "", MetaFile(ListFile(path), options.root)
 
 
 def _reason(error: Exception) -> str:

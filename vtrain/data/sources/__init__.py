@@ -1,4 +1,4 @@
-"""Where pictures and texts come from: folders, LLaVA's and VGT's lists, WebDataset tars, Parquet and Arrow tables."""
+"""Where pictures and texts come from: folders, lists of LLaVA, SimpleAR and VGT, tars, Parquet and Arrow tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from vtrain.data.sources.image_folder import ImageFolder
 from vtrain.data.sources.llava import Llava
 from vtrain.data.sources.record import IndexedSource, Record, Skipped, Source, Turn, Unit
+from vtrain.data.sources.simplear import SimpleARImages
 from vtrain.data.sources.vgt import Vgt
 from vtrain.data.sources.webdataset import WebDataset
 
@@ -15,6 +16,7 @@ KINDS = {  # and what input.records is for each
     "image_folder": "a JSONL file, or input.images alone for all images of a folder",
     "llava": "a JSON or JSONL file of conversations",
     "parquet": "a Parquet or Arrow file, a folder of them, or a pattern",
+    "simplear": "a JSON or JSONL file of pictures and captions, a pattern, or a YAML mix of them",
     "vgt": "a JSON list of images and annotations",
     "webdataset": "a tar, a folder of tars, or a pattern such as shard-{000..010}.tar",
 }
@@ -46,6 +48,8 @@ def open_source(
         return WebDataset(records, **names)
     if kind == "parquet":
         return _tables()(records, images or None, **names)
+    if kind == "simplear":
+        return SimpleARImages(images or None, records, **names)
     if kind == "vgt":
         return Vgt(root, records, annotations=annotations or None, **names)
     if kind == "llava":

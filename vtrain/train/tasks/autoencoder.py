@@ -23,7 +23,7 @@ from vtrain.settings import AutoencoderSettings, Images
 from vtrain.train.loop import Work
 from vtrain.train.optim import AdamW
 from vtrain.train.tasks.root import Root, compute_dtype
-from vtrain.visual.preprocess import center_crop_resize, load_image, to_uint8
+from vtrain.visual.preprocess import load_image, square, to_uint8
 from vtrain.visual.sheets import draw_grid, write_png
 from vtrain.visual.tokenizer import save_image_tokenizer
 from vtrain.visual.vqgan import Autoencoder, AutoencoderConfig
@@ -94,7 +94,7 @@ def _load(record: Record | Skipped) -> Image.Image:
 
 
 def _decode(record: Record, resolution: int, source: Images) -> np.ndarray:
-    return center_crop_resize(_load(record), resolution, source.filter)
+    return square(_load(record), resolution, source.crop, source.filter)
 
 
 class AutoencoderTask:

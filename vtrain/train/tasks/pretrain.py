@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from vtrain.data.compose import Composer, make_composer
 from vtrain.data.loader import Loader, sequential_batches
 from vtrain.data.mix import Source, check_sources
 from vtrain.data.order import BlockOrder
+from vtrain.data.prefixes import encode_prefixes
 from vtrain.data.reader import Dataset
 from vtrain.describe import describe_batch
 from vtrain.dist.comm import sum_over_ranks
@@ -28,6 +30,7 @@ from vtrain.models.hf import copy_parameters, export_hf, import_hf, read_hf_conf
 from vtrain.models.presets import from_hf_config, preset
 from vtrain.objectives.next_token import NextToken
 from vtrain.settings import PretrainSettings
+from vtrain.text import load_text_tokenizer
 from vtrain.train.freeze import apply_trainable
 from vtrain.train.kernel_tables import kernel_tables
 from vtrain.train.loop import DataEnded, Work
@@ -45,6 +48,9 @@ class Plan:
     def __init__(self, settings: PretrainSettings) -> None:
         self.settings = settings
         data = settings.data
+        every = (*data.sources, *settings.eval.sources)
+        captioned = [Path(s.path) for s in every if (s.composer or data.composer) == "text_to_image"]
+        self.prefixes = encode_prefixes(data.prefixes, captioned)
         self.sources = [
             Source(
                 Dataset(s.path),
@@ -64,21 +70,32 @@ class Plan:
         check_sources(self.sources, self.vocab)
         for source in self.eval_sources:  # one by one: a held-out set may have the name of the set it was cut from
             check_sources([self.sources[0], Source(source.dataset, name=f"eval {source.name}")], self.vocab)
+        self.tables = NextToken(settings.loss.visual_softmax).tables(self.vocab)
         self.config = _decoder_config(settings)
 
     @property
     def bins_per_step(self) -> int:
         return self.settings.train.tokens_per_step // self.settings.data.pack_tokens
 
+    @cached_property
+    def used_rows(self) -> int | None:
+        """Rows of a foreign embedding that were trained: the ids of the text tokenizer without our specials."""
+        folder = self.sources[0].dataset.path / "text_tokenizer"
+        if self.vocab.ranges[0].name != "text" or not folder.is_dir():
+            return None
+        return load_text_tokenizer(folder, specials=()).vocab_size
+
     def composer(self, name: str = "", *, training: bool = True) -> Composer:
-        """The composer called `name`, data.composer unless given. Evaluation keeps every caption."""
+        """The composer called `name`, data.composer unless given. Evaluation keeps captions, one of each sample."""
         data = self.settings.data
         name, options = name or data.composer, {"seed": self.settings.run.seed}
         if name == "text_to_image":
             options |= {
                 "drop_caption": data.drop_caption if training else 0.0,
-                "text_weight": data.text_weight,
+                "text_weight": self.settings.loss.text_weight,
                 "max_caption_tokens": data.max_caption_tokens,
+                "sample_short": data.sample_short and training,
+                "prefixes": self.prefixes,
             }
         elif name == "chat":
             options["train_on"] = data.train_on
@@ -100,6 +117,7 @@ class Plan:
             prefetch=data.prefetch,
             readahead=data.readahead,
             pool=data.pool,
+            tables=self.tables,
             linear_cost=6 * self.config.hidden,
             pinned=pinned,
             # The CPU's kernels need no work lists.
@@ -116,6 +134,7 @@ class Plan:
         c, train = self.config, self.settings.train
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Decoder(c, self.vocab).parameters())
+        parameters -= sum(r.rows - r.size for r in self.vocab.ranges) * c.hidden * (1 if c.tied else 2)  # padding
         lines = [
             f"model: {c.layers} layers, hidden {c.hidden}, {c.heads} heads ({c.kv_heads} kv), ffn {c.ffn}, "
             f"{parameters / 1e6:.2f} M parameters"
@@ -146,9 +165,7 @@ class PretrainTask:
         self.pictures: PictureDrawer | None = None
         if settings.sample.every:
             dataset = self.plan.sources[0].dataset
-            self.pictures = PictureDrawer(
-                settings.sample, dataset.path, Path(settings.run.out), settings.run.seed, world
-            )
+            self.pictures = PictureDrawer(settings.sample, dataset, Path(settings.run.out), settings.run.seed, world)
         self.root = self._build()
         o = settings.optim
         adamw = AdamW(self.root.named_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
@@ -158,12 +175,15 @@ class PretrainTask:
         with torch.device("meta"):
             model = Decoder(self.config, self.vocab)
         apply_trainable(model, self.settings.train.trainable)
-        root = Root(model, NextToken())
+        root = Root(model, NextToken(self.settings.loss.visual_softmax))
         shard(root, model.layers, self.world, compute_dtype(self.settings.parallel.dtype, self.world))
         root.to_empty(device=self.world.device)
         seed = self.settings.run.seed
         if self.settings.model.init:
-            copy_parameters(model, import_hf(self.settings.model.init, self.config, self.vocab, seed=seed))
+            rows = self.plan.used_rows
+            copy_parameters(
+                model, import_hf(self.settings.model.init, self.config, self.vocab, used_rows=rows, seed=seed)
+            )
         else:
             model.init_weights(seed)
         return root
@@ -177,11 +197,7 @@ class PretrainTask:
             self.steps = iter(self.loader)
         step = next(self.steps, None)
         if step is None:
-            done = self.loader.steps
-            raise DataEnded(
-                f"the data ended after step {done}, which is saved: every source has reached its "
-                f"data.sources.N.max_epochs; train.steps={done} exports what was trained"
-            )
+            raise DataEnded("every source has reached its data.sources.N.max_epochs")
         return Work(
             batches=[b.to(self.world.device) for b in step.batches],
             counts=[b.counts for b in step.batches],
@@ -191,7 +207,8 @@ class PretrainTask:
         )
 
     def _flops(self, batch: PackedBatch) -> float:
-        return train_flops(self.config, self.vocab, batch.lengths, batch.scored)
+        logits = self.root.objective.logits(batch, self.vocab)
+        return train_flops(self.config, self.vocab, batch.lengths, logits / self.vocab.size)
 
     def terms(self, optimizer: str, batch: PackedBatch) -> tuple[dict, dict]:
         return self.root(batch)
@@ -219,6 +236,7 @@ class PretrainTask:
             rank=world.rank,
             world=world.size,
             overlong=data.overlong,
+            tables=self.plan.tables,
         )
         limit = self.settings.eval.batches or sys.maxsize  # over all ranks
         names = ("next_token", *self.vocab.names)
@@ -247,6 +265,17 @@ class PretrainTask:
         self.loader.load_state_dict(state["loader"], strict=self.settings.data.strict)
         self.steps = None
 
+    def next_stage(self, state: dict) -> None:
+        if self.settings.data.restart:
+            return
+        try:
+            self.loader.load_state_dict(state["loader"], strict=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; sources that are not those of the stage before need other names (data.sources.N.name), "
+                "or data.restart=true"
+            ) from None
+
     def export(self, folder: Path) -> None:
         """A Hugging Face style folder with the vocabulary and the tokenizers of the first source beside it."""
         dataset = self.plan.sources[0].dataset
@@ -255,7 +284,8 @@ class PretrainTask:
             for _ in tensors:  # the gathers are collectives
                 pass
             return
-        export_hf(tensors, self.config, self.vocab, folder, specials=dataset.schema.specials)
+        schema = dataset.schema
+        export_hf(tensors, self.config, self.vocab, folder, specials=schema.specials, image=schema.image)
         for asset in ASSETS:
             source = dataset.path / asset
             if source.is_dir():
