@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -436,7 +437,7 @@ def test_ctrl_c_exits_with_130():
 
 def test_ranks_tell_a_wrong_setting_once_but_never_swallow_an_error(capsys, monkeypatch):
     waits = []
-    monkeypatch.setattr(config.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "0")
     assert shell(slip, "nam=x") == 2
     assert waits == []

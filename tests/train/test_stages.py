@@ -214,7 +214,7 @@ def test_a_death_in_or_between_stages_changes_nothing(undisturbed, tmp_path, fau
 def test_a_death_at_every_rename_changes_nothing(undisturbed, tmp_path):
     """In the second stage where it is passed in both; the operations between them are those of any run."""
     arguments, expected, log = undisturbed
-    passed = [point for point in log.read_text().splitlines() if point.startswith("rename")]
+    passed = [point for point in log.read_text().splitlines() if point.startswith("rename:")]
     for point in sorted(set(passed)):
         out = tmp_path / point.replace(":", "-") / "out"
         command, fault = [*arguments, f"run.out={out}"], f"{point}#{passed.count(point) * 2 // 3 + 1}:kill"

@@ -255,7 +255,24 @@ def test_a_module_inside_itself_ends(tmp_path):
         file.writestr("x/code/__torch__.py", "class M(Module):\n  __parameters__ = []\n  __buffers__ = []\n")
     path = tmp_path / "endless.jit"
     path.write_bytes(stream.getvalue())
-    refused(path, "more than 100000 modules")
+    refused(path, "more than 10000 modules")
+
+
+def test_tensors_far_larger_than_their_file_are_refused(tmp_path):
+    """A few bytes that name one module ten times, and so its tensor."""
+
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shared = nn.Linear(300, 300, bias=False)
+            for i in range(10):
+                setattr(self, f"m{i}", shared)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.m0(x)
+
+    path = saved(tmp_path / "many.jit", torch.jit.trace(Many(), torch.zeros(1, 300), check_trace=False))
+    refused(path, "data.pkl: tensors of 3600000 bytes in a file of ")
 
 
 OPCODES = [

@@ -206,7 +206,7 @@ def matched(
     if init.weights == "ema" and not any(name.startswith("ema.") for name in held):
         problems.append("init.weights is ema; the stage before has no averages (optim.ema)")
     names = {}
-    for name, place_here in ours.items():
+    for name, here in ours.items():
         if name in new:
             continue
         found = theirs.get(name) if name not in dropped else None
@@ -214,11 +214,11 @@ def matched(
             problems.append(f"missing {name}, which is not in init.new")
         elif name.rpartition(".")[2] in other_ranges:
             problems.append(f"{name} {other_ranges[name.rpartition('.')[2]]}")
-        elif tuple(held[found]) != tuple(wanted[place_here]):
-            problems.append(f"{name} is {list(held[found])}, expected {list(wanted[place_here])}")
+        elif tuple(held[found]) != tuple(wanted[here]):
+            problems.append(f"{name} is {list(held[found])}, expected {list(wanted[here])}")
         else:
             averaged = f"ema.{found.removeprefix('root.')}"
-            names[place_here] = averaged if init.weights == "ema" and averaged in held else found
+            names[here] = averaged if init.weights == "ema" and averaged in held else found
     problems += [f"unexpected {name}, which is not in init.drop" for name in theirs if name not in {*ours, *dropped}]
     if problems:
         raise ValueError(f"{source}: the weights of the stage before: " + "; ".join(problems))

@@ -7,6 +7,7 @@ that TorchScript writes and builds plain data only; everything else is an error.
 
 from __future__ import annotations
 
+import math
 import os
 import pickletools
 import re
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 MAX_TEXT_BYTES = 64 << 20  # of data.pkl and of one file of code, unpacked: of a network of 1e5 tensors it takes 20 MB
-MAX_MODULES = 100_000
+MAX_MODULES = 10_000
+MAX_REPEATS = 8  # times the size of a file that its tensors may take: modules that are shared have several names
 
 DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -99,7 +101,15 @@ class _Archive:
         tree = unpickle(self._text("data.pkl"))
         if not isinstance(tree, Instance):
             raise ValueError("data.pkl: no module")
-        found: dict[str, torch.Tensor] = {}
+        views = self._views(tree)
+        wanted = sum(abs(math.prod(view.size)) * view.storage.dtype.itemsize for view in views.values())
+        if wanted > MAX_REPEATS * self.size:
+            raise ValueError(f"data.pkl: tensors of {wanted} bytes in a file of {self.size}")
+        return {name: self._tensor(name, view) for name, view in views.items()}
+
+    def _views(self, tree: Instance) -> dict[str, View]:
+        """The parameters and buffers of a module and of those inside it, in order."""
+        found: dict[str, View] = {}
         waiting, seen = [("", tree)], 0
         while waiting:
             prefix, module = waiting.pop()
@@ -111,7 +121,7 @@ class _Archive:
             for name in names:
                 value = module.attributes.get(name)
                 if isinstance(value, View):
-                    found[prefix + name] = self._tensor(prefix + name, value)
+                    found[prefix + name] = value
                 elif value is not None:
                     raise ValueError(f"data.pkl: {prefix}{name} is no tensor")
             inner = [(f"{prefix}{name}.", v) for name, v in module.attributes.items() if isinstance(v, Instance)]
@@ -136,9 +146,7 @@ class _Archive:
         expected = storage.count * storage.dtype.itemsize
         if info.file_size != expected:
             raise ValueError(f"{record}: {info.file_size} bytes; expected {expected}, {storage.count} {storage.dtype}")
-        count = 1
-        for side in view.size:
-            count *= side
+        count = math.prod(view.size)
         last = view.offset + sum((side - 1) * step for side, step in zip(view.size, view.stride)) if count else 0
         numbers = (view.offset, *view.size, *view.stride)
         if len(view.size) != len(view.stride) or min(numbers) < 0 or max(last + bool(count), count) > storage.count:
