@@ -1,8 +1,8 @@
 """The smoke set of docs/simplear.md: crops of 14 real photographs and scanned digits with captions, all from installed
 packages, and the score of pictures drawn after training.
 
-python scripts/photographs.py export runs/simplear/data                   # PNGs, train.json, valid.json, prompts.txt
-python scripts/photographs.py score runs/simplear/data SAMPLES [SAMPLES]  # how many drawn pictures show their prompt
+python scripts/photographs.py export DATA            # PNGs, train.json, valid.json, prompts.txt
+python scripts/photographs.py score DATA SAMPLES...  # how many drawn pictures show what their prompts say
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 SIDE = 64  # pixels of a crop, the larger of the two resolutions
-SCALES = (1.0, 0.9, 0.8, 0.7)  # sides of crops, as shares of the photograph's shorter side
+SCALES = (1.0, 0.8)  # sides of crops, as shares of the photograph's shorter side
 STRIDE = 1 / 8  # of a crop's side, between neighbours: whole codes at both resolutions, so that neighbours share codes
 REACH = 2  # strides from the photograph's middle, at most
-SCANS = 40  # of a digit
+SCANS = 60  # of a digit
 HELD_OUT = 10  # every so many crops or scans, one
 
 # Package, file, and captions whose first sentence stands for the whole where a short one is wanted.

@@ -250,6 +250,8 @@ class TrainingPictures(Sampling):
     def __post_init__(self) -> None:
         if self.every and not self.prompts:
             raise ConfigError(f"every is {self.every} and prompts is empty; expected captions to draw")
+        if self.speculate:
+            raise ConfigError(f"speculate is {self.speculate}; expected 0: the model in training is sharded")
 
 
 @dataclass(frozen=True, kw_only=True)

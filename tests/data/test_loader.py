@@ -339,6 +339,22 @@ def test_overlong_samples():
         loader([source], overlong="cut")
 
 
+@pytest.mark.parametrize("overlong", ["split", "crop"])
+def test_a_long_caption_never_cuts_codes(overlong):
+    """Pictures of 16 codes whose captions do not fit: cut texts are fine, cut pictures are not."""
+    long, composer = pictures([[9], [90], [3]], 16, "long"), TextToImage(drop_caption=0)
+    mixed = [Source(long, max_epochs=1), Source(texts([150], "texts"), composer=LanguageModel(), max_epochs=1)]
+    said = rf"source 'long': sample 1 \(key 0x\w+\) has 108 tokens, a bin 100; overlong = {overlong} would cut codes"
+    with pytest.raises(ValueError, match=said):
+        list(loader(mixed, composer, overlong=overlong))
+    with pytest.raises(ValueError, match=said):
+        list(sequential_batches(long, composer, VOCAB, pack_tokens=100, overlong=overlong))
+    for ok in (replace(composer, max_caption_tokens=82), replace(composer, drop_caption=1.0)):
+        visual = VOCAB["visual"]
+        ids = [i for s in loader(mixed, ok, overlong=overlong) for b in s.batches for i in b.ids.tolist()]
+        assert sum(visual.base <= i < visual.end for i in ids) == 3 * 16
+
+
 def test_misfits_and_cut_samples_survive_a_resume():
     sources = [Source(random_texts(300, "wide", 0, 130)), SOURCES[0]]
     whole = take(loader(sources, overlong="crop"), 20)

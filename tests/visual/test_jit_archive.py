@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -212,6 +212,14 @@ def test_records_that_are_wrong(scripted, tmp_path, changes, part):
             "narrow has size [255, 255], stride [0, 0]",
         ),
         (b"K\x00(K\x03K\x04t(K\x01K\x03t", b"K\x00(K\x03K\x04t(K\x01t", "narrow has size [3, 4], stride [1]"),
+        # numbers that are none to torch: a bool, more than 64 bits
+        (b"K\x00(K\x03K\x04t(K\x01K\x03t", b"K\x00(K\x03K\x04t(\x88K\x03t", "REDUCE finds something else"),
+        (
+            b"K\x00(K\x03K\x04t(K\x01K\x03t",
+            b"K\x00(K\x01K\x04t(\x8a\x09" + b"\x01" * 9 + b"K\x03t",
+            "narrow has size [1, 4], stride [18519084246547628289, 3]",
+        ),
+        (b"\x07\x00\x00\x00storage", b"\x07\x00\x00\x00strange", "a storage of torch."),
     ],
 )
 def test_pickles_that_say_something_else(scripted, tmp_path, old, new, part):
@@ -275,6 +283,36 @@ def test_tensors_far_larger_than_their_file_are_refused(tmp_path):
     refused(path, "data.pkl: tensors of 3600000 bytes in a file of ")
 
 
+def test_a_part_does_not_keep_the_whole_storage(tmp_path):
+    """Else a thousand numbers, each out of one large storage, would take a thousand times its memory."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            whole = torch.arange(3000.0)
+            for i in range(3):
+                self.register_buffer(f"b{i}", whole[i * 7 : 900 + i * 7 : 300])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b0 + self.b1 + self.b2
+
+    found = same(saved(tmp_path / "parts.jit", torch.jit.script(Parts())))
+    assert found["b2"].tolist() == [14, 314, 614]
+    assert {tensor.untyped_storage().nbytes() for tensor in found.values()} == {12}
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packings_that_torchscript_does_not_write_are_refused(scripted, tmp_path, packing):
+    """Damaged LZMA raises an error that is none of zipfile's."""
+    path = tmp_path / "packed.jit"
+    with zipfile.ZipFile(path, "w", packing) as file:
+        file.writestr("x/data.pkl", pickled(scripted))
+    whole = bytearray(path.read_bytes())
+    whole[60:80] = b"\x91" * 20
+    path.write_bytes(whole)
+    refused(path, f"data.pkl: packed in way {packing} of zip; expected one of (0, 8)")
+
+
 OPCODES = [
     b"(",
     b")",
@@ -294,6 +332,7 @@ OPCODES = [
 OPCODES += [b"\x81", b"Q", b"q\x00", b"h\x00", b"c__torch__\nM\n", b"ccollections\nOrderedDict\n", b".", b"\x88", b"0"]
 
 
+@example(b"(NNNNNtQ.")
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(st.lists(st.sampled_from(OPCODES), max_size=30).map(b"".join), st.binary(max_size=60)))
 def test_any_bytes_give_a_value_or_one_error(data):

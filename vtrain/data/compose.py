@@ -55,6 +55,7 @@ class Composer(Protocol):
     """What the loader asks of a composer. indices: int64[n] sample numbers of `dataset`; epoch: of that dataset.
 
     One whose documents have slot rows also has `extents(dataset, indices, epoch) -> int32[n, 2]`: slot rows, frames.
+    One whose documents mean nothing in part has `whole = True`: overlong = split or crop is an error for them.
     """
 
     def lengths(self, dataset: Dataset, indices: np.ndarray, epoch: int) -> np.ndarray:
@@ -94,6 +95,7 @@ class TextToImage(_Named):
     """
 
     name = "text_to_image"
+    whole = True  # codes come last: a document that is cut would lose a part of its picture
 
     drop_caption: float = 0.1
     text_weight: float = 1.0

@@ -26,6 +26,7 @@ from vtrain.data.plan_state import EPOCH, POSITION, SOURCE, START, STOP
 __all__ = ["Misfits", "Plan", "PlannedStep", "Source", "SourceReport", "bin_cost", "check_sources", "deal", "pack"]
 
 OVERLONG = ("error", "drop", "split", "crop")  # in the order of C++'s enum
+CUTTING = OVERLONG[2:]
 POOL = 512  # waiting samples to choose from: 99.4 to 99.9 % fill; eight times more gains 0.1 %
 CHUNK = 4096  # samples of a source whose order and lengths are computed at once
 
@@ -99,9 +100,10 @@ class Plan:
 
     pack_tokens, max_documents: what a bin holds at most (a loader that pads with one more document asks for one less).
     bins_per_step: over all ranks. overlong: what happens to samples above pack_tokens: error, drop, split into pieces
-    of pack_tokens, or crop. pool: samples that the packer can choose from; 1 = fill bins in order. caps: (slot rows,
-    frames) of a bin at most, by the composers' `extents(dataset, indices, epoch) -> int32[n,2]`; cut samples count as
-    many as they may have, those that no bin can hold are over-long.
+    of pack_tokens, or crop; the last two are an error where the composer wants its documents whole. pool: samples that
+    the packer can choose from; 1 = fill bins in order. caps: (slot rows, frames) of a bin at most, by the composers'
+    `extents(dataset, indices, epoch) -> int32[n,2]`; cut samples count as many as they may have, those that no bin can
+    hold are over-long.
     """
 
     def __init__(
@@ -303,6 +305,9 @@ class Plan:
         if source.tokens is not None:
             least, most = source.tokens
             skip[used[(lengths[used] < least) | (lengths[used] > most)]] = FILTERED
+        if self.overlong in CUTTING and getattr(composer, "whole", False):
+            for at in np.flatnonzero((skip == USE) & (lengths > self.pack_tokens))[:1].tolist():
+                self._refuse_cut(s, int(indices[at]), int(lengths[at]))
         return lengths, extents, skip
 
     def _note_size(self, s: int) -> None:
@@ -321,13 +326,20 @@ class Plan:
         )
 
     def _refuse_sample(self, s: int, index: int, length: int) -> None:
+        caps = f" and (rows, frames) {self.caps}" if self.caps else ""
+        raise ValueError(f"{self._long(s, index, length)}{caps}; expected smaller ones, or overlong = drop, split or crop")
+
+    def _refuse_cut(self, s: int, index: int, length: int) -> None:
+        composer = (self.sources[s].composer or self.composer).settings()["name"]
+        raise ValueError(
+            f"{self._long(s, index, length)}; overlong = {self.overlong} would cut codes, and {composer} needs all: "
+            "expected a larger pack_tokens, a smaller max_caption_tokens, or overlong = drop"
+        )
+
+    def _long(self, s: int, index: int, length: int) -> str:
         source = self.sources[s]
         key = int(source.dataset.keys(np.array([index]))[0])
-        caps = f" and (rows, frames) {self.caps}" if self.caps else ""
-        raise ValueError(
-            f"source {source.name!r}: sample {index} (key {key:#x}) has {length} tokens, a bin "
-            f"{self.pack_tokens}{caps}; expected smaller ones, or overlong = drop, split or crop"
-        )
+        return f"source {source.name!r}: sample {index} (key {key:#x}) has {length} tokens, a bin {self.pack_tokens}"
 
     def _tell_finished(self) -> None:
         for s, source in enumerate(self.sources):

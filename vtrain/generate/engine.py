@@ -90,7 +90,9 @@ def generate(
 class _Engine:
     """Runs batches one after the other, on the same tensors as long as they are of one size."""
 
-    def __init__(self, decoder: Decoder, columns: int, steps: int, sampling: Sampling, vocab_range, graph: bool):
+    def __init__(
+        self, decoder: Decoder, columns: int, steps: int, sampling: Sampling, vocab_range: str | None, graph: bool
+    ) -> None:
         self._settings = decoder, columns, steps, sampling, vocab_range
         self._steps = steps
         self._graph = graph and _capturable(decoder)
@@ -139,11 +141,9 @@ class Samples:
     ) -> None:
         self.count, self.decoder, self.sampling = count, decoder, sampling
         self.device = next(decoder.parameters()).device
-        vocab = decoder.vocab
         self._ranges = None if vocab_range is None else (vocab_range,)
-        self._base, width = (
-            (0, vocab.size) if vocab_range is None else (vocab[vocab_range].base, vocab[vocab_range].size)
-        )
+        part = None if vocab_range is None else decoder.vocab[vocab_range]
+        self._base, width = (0, decoder.vocab.size) if part is None else (part.base, part.size)
         self._branches = 2 if sampling.guided else 1
         self._batch = one_token_batch(self._branches * count, self.device)  # ids and positions of the next tokens
         self._cache = KVCache(self._branches * count, columns, self.device)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zip: what TorchScript writes
 MAX_TEXT_BYTES = 64 << 20  # of data.pkl and of one file of code, unpacked: of a network of 1e5 tensors it takes 20 MB
 MAX_MODULES = 10_000
 MAX_REPEATS = 8  # times the size of a file that its tensors may take: modules that are shared have several names
@@ -149,14 +150,16 @@ class _Archive:
         count = math.prod(view.size)
         last = view.offset + sum((side - 1) * step for side, step in zip(view.size, view.stride)) if count else 0
         numbers = (view.offset, *view.size, *view.stride)
-        if len(view.size) != len(view.stride) or min(numbers) < 0 or max(last + bool(count), count) > storage.count:
+        fits = len(view.size) == len(view.stride) and 0 <= min(numbers) <= max(numbers) < 1 << 63
+        if not fits or max(last + bool(count), count) > storage.count:
             raise ValueError(
                 f"data.pkl: {name} has size {list(view.size)}, stride {list(view.stride)} and offset {view.offset} "
                 f"in {storage.count} elements"
             )
         data = bytearray(self.file.read(info))
         whole = torch.frombuffer(data, dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
-        return whole.as_strided(view.size, view.stride, view.offset if count else 0)
+        part = whole.as_strided(view.size, view.stride, view.offset if count else 0)
+        return part if count == storage.count else part.clone()  # a part must not keep the whole in memory
 
     def _text(self, record: str) -> bytes:
         info = self._info(record)
@@ -166,9 +169,12 @@ class _Archive:
 
     def _info(self, record: str) -> zipfile.ZipInfo:
         try:
-            return self.file.getinfo(self.root + record)
+            info = self.file.getinfo(self.root + record)
         except KeyError:
             raise ValueError(f"{record} is missing in it") from None
+        if info.compress_type not in PACKINGS:
+            raise ValueError(f"{record}: packed in way {info.compress_type} of zip; expected one of {PACKINGS}")
+        return info
 
 
 def unpickle(data: bytes) -> Any:
@@ -269,7 +275,8 @@ def _reduced(function: str, arguments: tuple) -> Any:
         storage, offset, size, stride = arguments[:4]
         for numbers in (_of(tuple, size), _of(tuple, stride), (offset,)):
             for number in numbers:
-                _of(int, number)
+                if type(number) is not int:  # a bool is one, too
+                    raise TypeError
         return View(_of(Storage, storage), offset, size, stride)
     if function == "collections.OrderedDict" and not arguments:
         return {}
@@ -280,9 +287,10 @@ def _reduced(function: str, arguments: tuple) -> Any:
 
 def _storage(identity: Any) -> Storage:
     what, kind, key, _, count = _of(tuple, identity)
-    if what != "storage" or _of(Global, kind).name not in DTYPES:
-        raise ValueError(f"a storage of {kind.name}; expected one of {', '.join(DTYPES)}")
-    return Storage(_of(str, key), DTYPES[kind.name], _at_least(0, _of(int, count)))
+    name = _of(Global, kind).name
+    if what != "storage" or name not in DTYPES:
+        raise ValueError(f"a storage of {name}; expected one of {', '.join(DTYPES)}")
+    return Storage(_of(str, key), DTYPES[name], _at_least(0, _of(int, count)))
 
 
 def _of(kind: type | tuple[type, ...], value: Any) -> Any:
