@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIDE = 64  # pixels of a crop, the larger of the two resolutions
-SCALES = (1.0, 0.8)  # sides of crops, as shares of the photograph's shorter side
-STRIDE = 1 / 8  # of a crop's side, between neighbours: whole codes at both resolutions, so that neighbours share codes
+SIDE = 32  # pixels of a crop, the larger of the two resolutions
+SCALES = (1.0, 0.75, 0.6)  # sides of crops, as shares of the photograph's shorter side
+STRIDE = 1 / 8  # of a crop's side, between neighbours: a whole code at the larger resolution, so that neighbours share codes
 REACH = 2  # strides from the photograph's middle, at most
-SCANS = 60  # of a digit
+SCANS = 50  # of a digit
 HELD_OUT = 10  # every so many crops or scans, one
 
 # Package, file, and captions whose first sentence stands for the whole where a short one is wanted.

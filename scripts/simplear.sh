@@ -21,22 +21,22 @@ step "2/8 text tokenizer: SentencePiece on the captions"
 step "3/8 image tokenizer: 4x4 pixels -> a code out of 240"
 run vtrain.autoencoder --cfg simplear/smoke/tokenizer
 
-step "4/8 token shards: 8x8 codes a picture at 32 pixels, 16x16 at 64 pixels"
+step "4/8 token shards: 4x4 codes a picture at 16 pixels, 8x8 at 32 pixels"
 run vtrain.extract --cfg simplear/smoke/extract
-run vtrain.extract --cfg simplear/smoke/extract input.records=$runs/data/valid.json run.out=$runs/shards32/valid
+run vtrain.extract --cfg simplear/smoke/extract input.records=$runs/data/valid.json run.out=$runs/shards16/valid
 run vtrain.extract --cfg simplear/smoke/extract_large
-run vtrain.extract --cfg simplear/smoke/extract_large input.records=$runs/data/valid.json run.out=$runs/shards64/valid
+run vtrain.extract --cfg simplear/smoke/extract_large input.records=$runs/data/valid.json run.out=$runs/shards32/valid
 
-step "5/8 pretraining at 32 pixels"
+step "5/8 pretraining at 16 pixels"
 run vtrain.pretrain --cfg simplear/smoke/pretrain
 
-step "6/8 fine-tuning at 64 pixels"
+step "6/8 fine-tuning at 32 pixels"
 run vtrain.pretrain --cfg simplear/smoke/sft
 
 step "7/8 eight pictures of each of 24 prompts, at both resolutions"
-run vtrain.sample --cfg simplear/smoke/sample model.path=$runs/pretrain/final run.out=$runs/samples32
+run vtrain.sample --cfg simplear/smoke/sample model.path=$runs/pretrain/final run.out=$runs/samples16
 run vtrain.sample --cfg simplear/smoke/sample
 
 step "8/8 what the pictures show"
-python scripts/photographs.py score $runs/data $runs/samples32 $runs/samples64 --require 0.8
-echo "open $runs/samples64/grid.png and $runs/samples32/grid.png (samples), $runs/tokenizer/reconstructions.png"
+python scripts/photographs.py score $runs/data $runs/samples16 $runs/samples32 --require 0.8
+echo "open $runs/samples32/grid.png and $runs/samples16/grid.png (samples), $runs/tokenizer/reconstructions.png"

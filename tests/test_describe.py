@@ -65,6 +65,31 @@ def test_only_the_first_documents_are_shown_piece_by_piece(dataset):
     assert sum(line.startswith("  ") for line in lines) == 2 * (1 + 2)
 
 
+def test_a_stretch_of_codes_shows_its_ends(dataset):
+    """1,024 codes in 8 lines; where one of them differs in weight, label or place, that is seen."""
+
+    def shown(document: Document) -> list[list[str]]:
+        lines = describe_batch(build([document]), dataset, ["only"]).splitlines()
+        return [line.split() for line in lines[4:]]
+
+    ids = np.array([196, *range(20, 40), 197, *(CODE + np.arange(1024) % 64)])
+    rows = shown(Document(ids))
+    assert len(rows) == 22 + 4 + 1 + 4 + 1  # the last one is not scored: a stretch of its own
+    assert [int(row[0]) for row in rows[:26]] == list(range(26))
+    assert rows[26] == ["...", "1015", "more", "rows", "of", "visual"]
+    assert [int(row[0]) for row in rows[27:]] == [1041, 1042, 1043, 1044, 1045]
+    assert [row[2] for row in rows[22:26]] == [f"visual[{n}]" for n in range(4)]
+    loss, positions = np.ones(len(ids), dtype=np.float32), np.arange(len(ids))
+    loss[501], positions[800:] = 0.5, positions[800:] + 7
+    rows = shown(Document(ids, loss=loss, positions=positions))
+    numbers = [row[0] for row in rows if row[0] != "..."]
+    assert {"496", "499", "500", "501", "504", "799", "807"} <= set(numbers)
+    assert len(numbers) == 22 + 3 * 8 + 2
+    nine = shown(Document(np.array([197, *(CODE + np.arange(10))])))
+    assert all(row[0] != "..." for row in nine)
+    assert len(nine) == 11
+
+
 def test_a_batch_of_padding(dataset):
     lines = describe_batch(build([], pack_tokens=4), dataset, []).splitlines()
     assert lines[0].startswith("packed batch: 0 documents, 0 tokens of 4 (100.0% padding)")

@@ -279,7 +279,7 @@ def test_the_adm_crop_short_captions_and_a_space(seven, damaged, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cosmos_tokenizer(seven, damaged, tmp_path):
+def test_a_cosmos_tokenizer(seven, damaged, tmp_path, monkeypatch):
     folder = damaged / "cosmos"
     save_image_tokenizer(folder, DV, random_tensors(DV, dtype=torch.float32))
     ways = {
@@ -288,10 +288,15 @@ def test_a_cosmos_tokenizer(seven, damaged, tmp_path):
         "coarse": (["extract.dtype=bf16"], {"dtype": torch.bfloat16}),
     }
     pixels = [adm_center_crop(load_image(damaged / "images" / f"{i}.png"), 32) for i in (0, 1, 2, 4, 5, 6)]
-    found = {}
+    found, loaded = {}, []
+    monkeypatch.setattr(
+        "vtrain.extract.load_image_tokenizer",
+        lambda *given, **options: loaded.append(options) or load_image_tokenizer(*given, **options),
+    )
     for name, (overrides, options) in ways.items():
         run(damaged, tmp_path / name, *seven, "input.resolution=32", f"tokenizer.image={folder}", *overrides)
         dataset, image = Dataset(tmp_path / name), load_image_tokenizer(folder, **options)
+        assert loaded.pop() == {"dtype": torch.float32, "fold": True} | options
         assert dataset.schema.image_tokenizer == image.sha256
         assert dataset.schema.vocab["visual"].size == 64000
         ids, segments = dataset.read(np.arange(6))[0], dataset.segments(np.arange(6))[0]
@@ -301,6 +306,18 @@ def test_a_cosmos_tokenizer(seven, damaged, tmp_path):
         assert (found[name] == expected).mean() > 0.9  # in other batches; a code at a rounding edge may differ
     assert (found["folded"] == found["plain"]).mean() > 0.9
     assert 0 < (found["folded"] != found["coarse"]).mean() < 1
+
+
+def test_a_dataset_begun_before_these_keys_goes_on(finished):
+    """Keys that came later are named only where they are used."""
+    identity = json.loads((finished / "extract.json").read_text())
+    assert [key for key in identity if not key.startswith("input.")] == sorted(
+        ["vocab", "specials", "text_tokenizer", "image_tokenizer", "resolution", "downscale", "filter"]
+        + ["samples_per_shard"]
+    )
+    assert list(Dataset(finished).schema.to_json()) == [
+        "vocab", "specials", "text_tokenizer", "image_tokenizer", "image", "modalities", "roles", "segment_flags"
+    ]  # fmt: skip
 
 
 def test_short_captions_of_one_caption_only(inputs, tmp_path):

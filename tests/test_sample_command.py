@@ -25,7 +25,7 @@ from vtrain.generate.engine import generate
 from vtrain.generate.job import Job, Model, make_pictures, open_folder
 from vtrain.generate.sampler import Sampling
 from vtrain.models.decoder import Decoder, DecoderConfig
-from vtrain.models.hf import export_hf
+from vtrain.models.hf import export_hf, read_vocabulary
 from vtrain.rng import fold
 from vtrain.sample import OPTIONS, load_model, main
 from vtrain.settings import SampleSettings
@@ -364,6 +364,17 @@ def test_a_wrong_model_is_one_line_and_exit_code_2(tmp_path):
         f"error: model.path {tmp_path}/nowhere: no such folder; expected the final/ folder of a vtrain.pretrain run"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_gives_no_numbers_is_named(broken, tmp_path):
+    vocab = read_vocabulary(broken)
+    decoder = load_model(broken).decoder
+    decoder.norm.fill_(float("nan"))
+    export_hf(decoder.state_dict().items(), decoder.config, vocab, tmp_path / "nan")
+    shutil.copy(tmp_path / "nan/model.safetensors", broken)
+    with pytest.raises(ValueError, match=r"model.path .*broken: generate: the decoder's logits are not finite"):
+        main(settings(broken, tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_dry_run_says_the_plan_and_what_is_there(model_folder, tmp_path, capsys):

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import gc
 
-from vtrain.config import run_command
+from vtrain.config import ConfigError, run_command
 from vtrain.dist.mesh import World, set_threads, world
-from vtrain.settings import PretrainSettings
+from vtrain.settings import Init, PretrainSettings
 from vtrain.train.loop import run
 from vtrain.train.stage import Stage, chosen, remaining, stages_of
-from vtrain.train.tasks.pretrain import Plan, PretrainTask
+from vtrain.train.tasks.pretrain import Plan, PretrainTask, check_sequence
 
 OPTIONS = {"stage": "run this stage only, counted from 1; the one before it has to be complete"}
 
@@ -26,8 +26,12 @@ def main(*settings: PretrainSettings, dry_run: bool = False, stage: str = "") ->
     """settings: of every stage, in order."""
     set_threads(settings[0].run.threads)
     stages = stages_of(settings)
+    if len(stages) == 1:
+        _check_alone(settings[0])
     wanted = chosen(stages, stage)
-    plans = {one.number: Plan(one.settings) for one in wanted}  # all, before hours are spent on the first
+    plans = {one.number: Plan(one.settings) for one in wanted}
+    if len(wanted) > 1:
+        check_sequence(list(plans.values()))
     if dry_run:
         for one in wanted:
             print(describe(one, plans[one.number]))
@@ -38,9 +42,18 @@ def main(*settings: PretrainSettings, dry_run: bool = False, stage: str = "") ->
         if here.main and not left:
             print(f"{settings[0].run.out}: {wanted[0].title} is already trained; nothing to do", flush=True)
         for one in left:
+            if one is not left[0]:
+                gc.collect()  # a task is part of cycles: without this the next stage would need its memory, too
             if not train(one, plans[one.number], here):
                 break
-            gc.collect()  # a task is part of cycles: without this the next stage would need its memory, too
+
+
+def _check_alone(settings: PretrainSettings) -> None:
+    """ConfigError where a run without stages has keys that only a later stage obeys."""
+    given = {"init": settings.init != Init(), "data.restart": settings.data.restart}
+    if any(given.values()):
+        names = ", ".join(name for name, found in given.items() if found)
+        raise ConfigError(f"{names}: for later stages; expected [[stage]] tables, or without them model.init alone")
 
 
 def train(stage: Stage, plan: Plan, here: World) -> bool:
@@ -51,7 +64,10 @@ def train(stage: Stage, plan: Plan, here: World) -> bool:
 
 
 def describe(stage: Stage, plan: Plan) -> str:
-    return plan.describe() if stage.count == 1 else f"{stage.title}, from step {stage.first}\n{plan.describe()}"
+    if stage.count == 1:
+        return plan.describe()
+    before = f"stage {stage.number - 1}" if stage.number > 1 else ""
+    return f"{stage.title}, from step {stage.first}\n{plan.describe(before)}"
 
 
 if __name__ == "__main__":

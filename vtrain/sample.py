@@ -37,7 +37,7 @@ from vtrain.generate.job import GRID_FILE, Job, Model, check_folder, make_pictur
 from vtrain.generate.prompts import read_prompts, with_prefixes
 from vtrain.generate.sampler import Sampling
 from vtrain.generate.scores import summarize, table
-from vtrain.models.hf import load_decoder, read_image_facts, read_vocabulary
+from vtrain.models.hf import load_decoder, read_image_facts, read_text_facts, read_vocabulary
 from vtrain.settings import SampleSettings
 from vtrain.text import load_text_tokenizer
 from vtrain.visual import load_image_tokenizer
@@ -83,7 +83,8 @@ def load_model(
         raise ValueError(f"model.resolution is {resolution}; expected a multiple of {image.downscale} pixels, one code")
     side = resolution // image.downscale
     sha256 = _decoder_digest(folder) if digest else ""
-    return Model(load_decoder(folder, device, dtype), text, image, (side, side), sha256)
+    spaced = bool(read_text_facts(folder).get("caption_space"))
+    return Model(load_decoder(folder, device, dtype), text, image, (side, side), spaced, sha256)
 
 
 def _decoder_digest(folder: Path) -> str:
@@ -164,7 +165,10 @@ def main(settings: SampleSettings, dry_run: bool = False, bench: str = "", summa
         if dry_run:
             _on_main(here, lambda: _show_state(job))
             return
-        words = make(job, here)
+        try:
+            words = make(job, here)
+        except FloatingPointError as error:
+            raise ValueError(f"model.path {settings.model.path}: {error}") from None
         if here.main:
             print(words, flush=True)
 

@@ -235,7 +235,6 @@ class Sampling:
     top_p: float = key(1.0, "draw among the likeliest tokens that reach this probability", above=0, max=1)
     repetition_penalty: float = key(1.0, "above 1, codes that are there already are less likely; 1 = off", above=0)
     negative: str = key("", "what guidance leads away from, a prompt; empty = the prompt without a caption")
-    speculate: int = key(0, "codes guessed at a time and checked in one forward (Jacobi decoding); 0 = none", min=0)
     per_prompt: int = key(1, "pictures per prompt", min=1)
     batch_size: int = key(64, "pictures drawn at a time", min=1)
 
@@ -245,13 +244,11 @@ class TrainingPictures(Sampling):
     """Pictures drawn while training, into run.out/samples."""
 
     every: int = key(0, "steps between grids of pictures; 0 = never", min=0)
-    prompts: tuple[str, ...] = key((), "captions to draw")
+    prompts: tuple[str, ...] = key((), "captions to draw, each after one of data.prefixes where there are some")
 
     def __post_init__(self) -> None:
         if self.every and not self.prompts:
             raise ConfigError(f"every is {self.every} and prompts is empty; expected captions to draw")
-        if self.speculate:
-            raise ConfigError(f"speculate is {self.speculate}; expected 0: the model in training is sharded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,11 +457,20 @@ class Prompts:
 
     file: str = key("", "a text file with a prompt per line, JSONL with the key prompt, or what --bench takes")
     texts: tuple[str, ...] = key((), "the prompts themselves")
-    prefixes: tuple[str, ...] = key((), "style openers, one of which is drawn and put before a prompt")
+    prefixes: tuple[str, ...] = key(
+        (), "style openers, one of which is drawn and put before a prompt; those of data.prefixes are to be given here"
+    )
 
     def __post_init__(self) -> None:
         if bool(self.file) == bool(self.texts):
             raise ConfigError("set one of file and texts" + ("; both are set" if self.file else ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedSampling(Sampling):
+    """How pictures are drawn."""
+
+    speculate: int = key(0, "codes guessed at a time and checked in one forward (Jacobi decoding); 0 = none", min=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +480,7 @@ class SampleSettings:
     run: SeededRun
     model: TrainedModel
     prompts: Prompts
-    sample: Sampling
+    sample: FinishedSampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,18 +11,27 @@ from hypothesis import strategies as st
 from text.test_bpe import VARIANTS
 from text.text_samples import random_text
 
-from vtrain.data.sources.captions import one_line, short_and_whole, spaced
+from vtrain.data.sources.captions import lines, one_line, short_and_whole, spaced
 from vtrain.text import load_text_tokenizer
 
 OPENERS = ("A detailed digital painting of ", "An image of: ", "Photo (8k), ", "3 ", "Ein Bild \u00e9 ")
 
 
+def as_a_file(text: str) -> list[str]:
+    """The lines as SimpleAR reads them of a label."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8").readlines()
+
+
 @given(st.text(alphabet="ab .\r\n\x0b\u2028\t"))
 def test_one_line_is_one_line_of_a_text_file(caption):
     line = one_line(caption)
-    lines = io.TextIOWrapper(io.BytesIO(line.encode()), encoding="utf-8").readlines()  # as SimpleAR reads labels
-    assert lines == ([line] if line else [])
+    assert as_a_file(line) == ([line] if line else [])
     assert line.split() == caption.split()
+
+
+@given(st.text(alphabet="ab .\r\n\x0b\u2028\t"))
+def test_lines_are_those_of_a_text_file(text):
+    assert lines(text) == [line.strip() for line in as_a_file(text) if line.strip()]
 
 
 @pytest.mark.parametrize(

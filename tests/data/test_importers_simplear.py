@@ -176,10 +176,12 @@ def test_a_random_choice_is_always_the_same(tree, tmp_path, tokenizer):
         ("datasets: 7", "expected `datasets:` with a list"),
         ("just text", "expected `datasets:` with a list"),
         ("datasets: [{path: x}]", "expected json_path and sampling_strategy"),
-        ("datasets: [{json_path: meta.json, sampling_strategy: 'last:3'}]", "sampling_strategy 'last:3'; expected all"),
+        ("datasets: [{json_path: meta.json, sampling_strategy: 'last:3'}]", r"mix.yaml: datasets\[0\]: .* 'last:3'; "),
+        ("datasets: [{json_path: meta.json, sampling_stategy: 'first:3'}]", r"datasets\[0\] is .* expected json_path"),
+        ("datasets: [{json_path: meta.json, sampling_strategy: }]", "sampling_strategy is 'None'; expected all"),
         ("datasets: [{json_path: none.json}]", r"none\.json: no such file"),
-        ("{", "expected `datasets:` with a list"),
-        ("datasets: [!!python/object/apply:os.getcwd []]", "expected `datasets:` with a list"),
+        ("{", "mix.yaml: not YAML: "),
+        ("datasets: [!!python/object/apply:os.getcwd []]", "mix.yaml: not YAML: could not determine a constructor"),
     ],
 )
 def test_a_broken_mix(tree, tokenizer, content, said):

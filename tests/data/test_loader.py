@@ -349,6 +349,8 @@ def test_a_long_caption_never_cuts_codes(overlong):
         list(loader(mixed, composer, overlong=overlong))
     with pytest.raises(ValueError, match=said):
         list(sequential_batches(long, composer, VOCAB, pack_tokens=100, overlong=overlong))
+    short = [replace(mixed[0], tokens=(0, 100)), mixed[1]]  # a sample that is left out is no error
+    assert list(loader(short, composer, overlong=overlong))[-1].sources["long"].misfits.filtered == 1
     for ok in (replace(composer, max_caption_tokens=82), replace(composer, drop_caption=1.0)):
         visual = VOCAB["visual"]
         ids = [i for s in loader(mixed, ok, overlong=overlong) for b in s.batches for i in b.ids.tolist()]

@@ -33,7 +33,7 @@ def test_records(name, tmp_path):
     values = [
         {"image_path": "./a//1.jpg", "caption": " two\nlines \r\n", "more": 1},
         {"image_path": "2.jpg", "caption": ["first", "", "second", "first"]},
-        {"image_path": str(tmp_path / "b" / "3.jpg"), "caption": "below"},
+        {"image_path": str(tmp_path / "b" / "." / "x" / ".." / "3.jpg"), "caption": "below"},
         {"image_path": "/elsewhere/4.jpg", "caption": ""},
         {"image_path": "../5.jpg", "caption": "x"},
         {"image_path": "6.jpg"},
@@ -47,7 +47,7 @@ def test_records(name, tmp_path):
     assert found[:4] == [
         Record(stable_key("a/1.jpg"), places[0], (tmp_path / "a/1.jpg",), ("two lines",)),
         Record(stable_key("2.jpg"), places[1], (tmp_path / "2.jpg",), ("first", "second")),
-        Record(stable_key("b/3.jpg"), places[2], (tmp_path / "b/3.jpg",), ("below",)),
+        Record(stable_key("b/3.jpg"), places[2], (tmp_path / "b/x/../3.jpg",), ("below",)),
         Record(stable_key("/elsewhere/4.jpg"), places[3], (Path("/elsewhere/4.jpg"),), ()),
     ]
     assert found[4:] == [

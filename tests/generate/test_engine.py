@@ -272,7 +272,8 @@ class FakeCuda:
         return Recording(self.events)
 
     @contextlib.contextmanager
-    def graph(self, graph, stream):
+    def graph(self, graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # loader threads lock pages meanwhile
         before = [t.clone() for t in self.kept()]
         self.events.append("capture")
         with graph:
@@ -318,6 +319,16 @@ def test_replayed_steps_are_the_same_steps(decoder, monkeypatch, settings):
     cuda.events.clear()
     generate(decoder, PROMPTS[:5], KEYS[:5], graph=False, **options)
     assert not cuda.events
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"cfg": 2.0, "top_k": 5, "top_p": 0.9}, {"repetition_penalty": 2.0}], ids=str)
+def test_a_graph_gives_the_same_samples_on_a_gpu(dtype, settings):
+    decoder = Decoder(replace(SHAPE, hidden=64), VOCAB).eval().to("cuda", dtype)
+    options = {"steps": 12, "batch_size": 2, "uncond_prompts": UNCOND[:5], **settings}
+    found = [generate(decoder, PROMPTS[:5], KEYS[:5], graph=graph, **options) for graph in (False, True)]
+    assert torch.equal(*found)
 
 
 def tensors_of(samples: Samples) -> list[torch.Tensor]:

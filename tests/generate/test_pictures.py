@@ -45,6 +45,24 @@ def test_prompts_are_global_ids_between_the_two_specials():
     assert text_to_image_prompts(["ab"], Letters(), VOCAB, negative="c") == ([[261, 102, 103, 262]], [261, 104, 262])
 
 
+@pytest.mark.parametrize(
+    ("opener", "caption_space", "expected"),
+    [
+        ("A photo of ", False, "A photo of a cat"),
+        ("A photo of", True, "A photo of a cat"),
+        ("", False, "a cat"),
+        ("", True, " a cat"),
+    ],
+)
+def test_one_space_joins_an_opener_or_begins_a_caption(opener, caption_space, expected):
+    [prompt], away = text_to_image_prompts(
+        ["a cat"], Letters(), VOCAB, "dim", openers=[opener], caption_space=caption_space
+    )
+    assert bytes(i - 5 for i in prompt[1:-1]).decode() == expected
+    assert bytes(i - 5 for i in away[1:-1]).decode() == (" dim" if caption_space else "dim")
+    assert text_to_image_prompts([], Letters(), VOCAB, caption_space=caption_space) == ([], [261, 262])
+
+
 def test_a_model_without_text_or_specials_is_a_user_error():
     with pytest.raises(ValueError, match="text to image: the vocabulary has no range 'text'; it has visual"):
         text_to_image_prompts(["ab"], Letters(), Vocabulary.of(visual=6))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vtrain.generate.prompts import prompt_text, read_prompts, with_prefixes
+from vtrain.generate.prompts import draw_openers, read_prompts, with_prefixes
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "question_natural_language"]
 
@@ -37,6 +37,7 @@ def test_lines_and_objects(tmp_path):
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "p.jsonl: line 2: found .*string `prompt`"),
         ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl: line 1: found .*string `prompt`"),
         ("p.jsonl", b'["a"]\n', "p.jsonl: line 1: found .*string `prompt`"),
+        ("p.jsonl", b'{"prompt": "a", "prefix": 3}\n', "p.jsonl: line 1: found the prefix 3; expected a style opener"),
         ("p.jsonl", b'{"prompt": "\\ud800"}\n', "p.jsonl: line 1: not JSON: .*surrogates not allowed"),
         ("p.jsonl", b"[" * 100_000, "p.jsonl: line 1: not JSON: .*recursion"),
         ("p.jsonl", b'{"prompt": " "}\n', "p.jsonl: line 1: empty prompt"),
@@ -137,14 +138,8 @@ def test_prefixes_are_drawn_from_seed_and_number():
     assert with_prefixes(entries, openers, seed=4) != drawn
     counts = Counter(entry["prefix"] for entry in drawn)
     assert all(abs(counts[opener] - 200) < 5 * (600 * 2 / 9) ** 0.5 for opener in openers)  # five sigma
+    assert [entry["prefix"] for entry in drawn] == draw_openers(openers, 600, seed=3)
     assert with_prefixes(entries, (), seed=3) == entries
+    assert draw_openers((), 2, seed=3) == ["", ""]
     with pytest.raises(ValueError, match=r"prompt 1 has a `prefix` already"):
         with_prefixes([{"prompt": "a"}, {"prompt": "b", "prefix": "x"}], openers, 0)
-
-
-@pytest.mark.parametrize(
-    ("opener", "expected"), [("A photo of ", "A photo of a cat"), ("A photo of", "A photo of a cat"), ("", "a cat")]
-)
-def test_a_prefix_is_joined_by_one_space(opener, expected):
-    assert prompt_text({"prompt": "a cat", "prefix": opener}) == expected
-    assert prompt_text({"prompt": "a cat"}) == "a cat"

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtrain.config import ConfigError
 from vtrain.generate.sampler import Sampling, key_rows, sample_token
-from vtrain.settings import TrainingPictures
 
 
 def slow_distribution(cond, uncond, cfg, temperature, top_k, top_p, penalty=1.0, seen=()) -> np.ndarray:
@@ -167,9 +165,3 @@ def test_rows_that_are_not_finite_are_told_by_their_log_probability():
 def test_bad_settings_are_named(bad, word):
     with pytest.raises(ValueError, match=rf"sampling: {word} is .*expected"):
         Sampling(**bad)
-
-
-def test_a_training_run_does_not_speculate():
-    """Its decoder is sharded, and ranks would make different numbers of forwards."""
-    with pytest.raises(ConfigError, match="speculate is 4; expected 0"):
-        TrainingPictures(speculate=4)

@@ -1,6 +1,7 @@
 """Summaries of the scorers' result files beside slow ones of numpy, and what is refused."""
 
 import json
+import re
 from itertools import groupby
 
 import numpy as np
@@ -127,6 +128,16 @@ def test_broken_dpg_results(tmp_path, before, after, message):
     (tmp_path / "r.txt").write_text(text.replace(before, after, 1))
     with pytest.raises(ValueError, match=message):
         read_dpg(tmp_path / "r.txt")
+
+
+def test_dpg_results_of_forks(tmp_path):
+    """Means without the scores of the four pictures, and further lines at the end."""
+    text = re.sub(r"(?m)^(out.*?\.jpg), .*, ", r"\1, ", dpg_text())
+    text = text.replace("Image path:", "Question CSV: q.csv\nImage path:") + "Took: 3 h\n"
+    assert "prompt0.jpg, 0." in text
+    (tmp_path / "fork.txt").write_text(text)
+    (tmp_path / "r.txt").write_text(dpg_text())
+    assert read_dpg(tmp_path / "fork.txt") == read_dpg(tmp_path / "r.txt")
 
 
 def test_dpg_results_with_lines_lost_are_refused(tmp_path):

@@ -368,6 +368,24 @@ def test_couple_keeps_a_draft_whose_distributions_differ_by_rounding_only():
     assert stays.all()
 
 
+@pytest.mark.parametrize(
+    ("first", "bad", "expected"),
+    [
+        (1, (), True),
+        (1, (1,), False),  # both drafts stay, so the tokens of the first two rows become final
+        (1, (2,), True),  # behind the last step
+        (2, (0,), False),  # the first draft is replaced: final, and the others are not
+        (2, (1, 2), True),
+    ],
+)
+def test_only_final_tokens_have_to_come_from_finite_logits(first, bad, expected):
+    sure = torch.eye(4, dtype=torch.int64) * 2**40
+    drafts = Drafts(sure[[1]], torch.ones(1, dtype=torch.bool), 3, 3, 0, key_rows([7]))
+    drafts.advance(sure[[first, 1, 1]][None], torch.tensor([[n not in bad for n in range(3)]]))
+    assert drafts.finite.item() == expected
+    assert drafts.final.item() == (3 if first == 1 else 2)
+
+
 def test_logits_that_are_not_finite_are_an_error():
     decoder = make_decoder()
     with torch.no_grad():

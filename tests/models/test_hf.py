@@ -189,7 +189,8 @@ def test_a_vocabulary_grows_by_specials_and_codes(heads, tmp_path):
     assert config.tied
     assert not any(name.startswith("head") for name, _ in decoder.named_parameters())
 
-    export(decoder, tmp_path / "ours", specials={"<|t2i|>": 290}, image={"resolution": 512, "downscale": 16})
+    facts = {"image": {"resolution": 512, "downscale": 16}, "text": {"caption_space": True}}
+    export(decoder, tmp_path / "ours", specials={"<|t2i|>": 290}, **facts)
     grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     assert (grown.config.vocab_size, grown.config.tie_word_embeddings) == (361, True)
     ids = np.random.default_rng(0).integers(0, 361, 40)
@@ -200,7 +201,29 @@ def test_a_vocabulary_grows_by_specials_and_codes(heads, tmp_path):
     assert torch.allclose(logits(decoder, text)[:, :290], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert_same_parameters(hf.load_decoder(tmp_path / "ours"), decoder)
     assert hf.read_image_facts(tmp_path / "ours") == {"resolution": 512, "downscale": 16}
-    assert hf.read_image_facts(tmp_path / "theirs") == {}
+    assert hf.read_text_facts(tmp_path / "ours") == {"caption_space": True}
+    assert hf.read_image_facts(tmp_path / "theirs") == hf.read_text_facts(tmp_path / "theirs") == {}
+
+
+def test_a_model_from_elsewhere_that_has_the_codes_keeps_them(tmp_path):
+    """SimpleAR's released weights: one matrix of text, specials and codes, no vocabulary.json."""
+    old = qwen2(tmp_path, 14, rows=361).model.embed_tokens.weight.detach()
+    config = from_hf_config(hf.read_hf_config(tmp_path))
+    for used_rows in (290, None):
+        tensors = dict(hf.import_hf(tmp_path, config, Vocabulary.of(text=297, visual=64), used_rows=used_rows))
+        assert torch.equal(tensors["embed.text"][:297], old[:297])
+        assert torch.equal(tensors["embed.visual"][:64], old[297:])
+    tensors = dict(hf.import_hf(tmp_path, config, Vocabulary.of(text=297, visual=65), used_rows=290))
+    assert torch.equal(tensors["embed.text"][:290], old[:290])
+    torch.testing.assert_close(tensors["embed.visual"][:65], old[:290].double().mean(0).float().expand(65, -1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "used_rows", "expected"),
+    [(100, None, 60), (100, 50, 50), (40, 50, 40), (60, 70, 60), (76, 50, 76), (76, None, 76), (75, 50, 50)],
+)
+def test_kept_rows(rows, used_rows, expected):
+    assert hf.kept_rows(rows, Vocabulary.of(text=60, visual=16), used_rows) == expected
 
 
 def test_used_rows_change_nothing_in_a_folder_of_ours(tmp_path):

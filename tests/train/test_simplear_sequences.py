@@ -15,6 +15,7 @@ from toys import pretrain_settings, write_dataset
 
 from vtrain.data.format import SEGMENT, Modality, Role, Schema
 from vtrain.data.manifest import publish
+from vtrain.data.prefixes import encode_prefixes
 from vtrain.data.reader import Dataset
 from vtrain.data.writer import ShardWriter
 from vtrain.dist.mesh import world
@@ -52,19 +53,21 @@ def sentencepiece(folder: Path) -> TextTokenizer:
     return load_text_tokenizer(folder, SPECIALS)
 
 
-def write_captions(folder: Path, tokenizer: TextTokenizer, *, space: bool, key: int = 1) -> Path:
+def write_captions(folder: Path, tokenizer: TextTokenizer, *, space: bool, key: int = 1, codes_first=False) -> Path:
     """A dataset of CAPTIONS, each sample with its number as its codes."""
-    vocab = Vocabulary.of(text=tokenizer.vocab_size, visual=CODES)
+    sizes = {"text": tokenizer.vocab_size, "visual": CODES}
+    vocab = Vocabulary.of(**dict(reversed(sizes.items())) if codes_first else sizes)
+    base = vocab["text"].base
     schema = Schema(
         vocab,
-        {name: tokenizer.special_id(name) for name in SPECIALS},
+        {name: base + tokenizer.special_id(name) for name in SPECIALS},
         text_tokenizer=tokenizer.sha256,
         text={"caption_space": True} if space else {},
     )
     folder.mkdir()
     with ShardWriter(folder / "00000.vts", schema, uuid=bytes([key] * 16)) as writer:
         for number, captions in enumerate(CAPTIONS):
-            parts = [tokenizer.encode(f" {c}" if space else c) for c in captions]
+            parts = [[base + token for token in tokenizer.encode(f" {c}" if space else c)] for c in captions]
             parts.append([vocab["visual"].base + number % CODES] * SIDE**2)
             segments = np.zeros(3, dtype=SEGMENT)
             segments["start"] = np.cumsum([0, *map(len, parts[:2])])
@@ -191,6 +194,13 @@ def test_prefixes_that_cannot_be_used_are_named(captioned, tmp_path):
     other = write_captions(tmp_path / "other", sentencepiece_of_other_size(tmp_path / "tokenizer"), space=False)
     with pytest.raises(ValueError, match=f"data.prefixes: {other} has the text tokenizer .*; expected that of {good}"):
         Plan(settings(tmp_path, good, other, data={"prefixes": ["A "]}))
+
+
+def test_ids_begin_where_the_range_of_texts_does(tmp_path):
+    tokenizer = byte_level(tmp_path / "tokenizer")
+    folder = write_captions(tmp_path / "data", tokenizer, space=True, codes_first=True)
+    tokens = tokenizer.encode("A photo of")
+    assert encode_prefixes(["A photo of "], [folder]) == (tuple(CODES + token for token in tokens),)
 
 
 def test_a_tokenizer_without_words_cannot_join(tmp_path):

@@ -52,6 +52,22 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, changes):
     assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"quantizer": "fsq", "fsq_levels": (5, 4, 3)}])
+def test_bfloat16_computes_in_bfloat16_and_saves_what_was_read(tmp_path, changes):
+    wide = made(**changes)
+    wide.save(tmp_path / "a")
+    narrow = load_image_tokenizer(tmp_path / "a", dtype=torch.bfloat16)
+    assert next(narrow.model.encoder.parameters()).dtype == torch.bfloat16
+    assert narrow.sha256 == wide.sha256
+    narrow.save(tmp_path / "b")
+    assert load_image_tokenizer(tmp_path / "b").sha256 == wide.sha256
+    ids = narrow.encode(pictures())
+    assert (ids == wide.encode(pictures())).float().mean() > 0.8
+    decoded = narrow.decode(ids)
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded, wide.decode(ids), rtol=0, atol=0.1)
+
+
 def test_the_hash_is_that_of_the_files(tmp_path):
     tokenizer = made()
     tokenizer.save(tmp_path)

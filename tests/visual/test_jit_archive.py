@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from vtrain.visual import jit_archive
 from vtrain.visual.jit_archive import read_jit_state, unpickle
 
 
@@ -299,6 +300,17 @@ def test_a_part_does_not_keep_the_whole_storage(tmp_path):
     found = same(saved(tmp_path / "parts.jit", torch.jit.script(Parts())))
     assert found["b2"].tolist() == [14, 314, 614]
     assert {tensor.untyped_storage().nbytes() for tensor in found.values()} == {12}
+
+
+def test_packed_storages_and_large_texts_are_refused(scripted, tmp_path, monkeypatch):
+    """What is unpacked is never larger than the file, but for texts, which have a limit."""
+    path = tmp_path / "deflated.jit"
+    with zipfile.ZipFile(scripted) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    refused(path, "data/0: ", " bytes, packed; expected plain ones")
+    monkeypatch.setattr(jit_archive, "MAX_TEXT_BYTES", 100)
+    refused(path, "data.pkl: ", " bytes; expected at most 100")
 
 
 @pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

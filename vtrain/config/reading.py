@@ -53,9 +53,9 @@ def load_stages(cls: type, cfg: str | Path | None = None, overrides: Sequence[st
     trees = [_merged(tree, table) for table in tables] or [tree]
     for override in sorted(overrides, key=lambda text: text.lstrip().startswith("stage.")):  # one stage's come last
         try:
-            targets, plain = _targets(cls, trees, override, len(tables))
+            targets, setting = _targets(cls, trees, override, len(tables))
             for target in targets:
-                _apply_override(cls, target, plain)
+                _apply_override(cls, target, setting)
         except ConfigError as error:
             raise ConfigError(f"override {override}: {error}") from None
     places = [f"{where}: stage {number}" for number in range(1, len(tables) + 1)] or [where]

@@ -327,7 +327,9 @@ class Plan:
 
     def _refuse_sample(self, s: int, index: int, length: int) -> None:
         caps = f" and (rows, frames) {self.caps}" if self.caps else ""
-        raise ValueError(f"{self._long(s, index, length)}{caps}; expected smaller ones, or overlong = drop, split or crop")
+        raise ValueError(
+            f"{self._long(s, index, length)}{caps}; expected smaller ones, or overlong = drop, split or crop"
+        )
 
     def _refuse_cut(self, s: int, index: int, length: int) -> None:
         composer = (self.sources[s].composer or self.composer).settings()["name"]

@@ -1,8 +1,8 @@
 """The generation engine: prompts in, a fixed number of sampled ids out. No files, no tokenizers, no console.
 
 Used by the sample command, by the pictures of a training run and by rollouts. The decoder may be sharded by FSDP: call
-its root's `unshard()` first (the layers gather themselves). The number of forwards depends on the arguments only, so
-ranks that pass the same `rounds` and `steps` stay together.
+its root's `unshard()` first (the layers gather themselves). Without `speculate` the number of forwards depends on the
+arguments only, so ranks that pass the same `rounds` and `steps` stay together.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from vtrain.batch import IGNORE, Document, PackedBatch
+from vtrain.batch import IGNORE, PackedBatch
 from vtrain.generate.cache import KVCache
 from vtrain.generate.graph import Replay
+from vtrain.generate.prefill import prefill
 from vtrain.generate.sampler import Sampling, key_rows, sample_token
 from vtrain.generate.speculative import jacobi_batch
 from vtrain.models.decoder import Decoder
@@ -155,19 +156,12 @@ class Samples:
 
     def begin(self, prompts: Sequence[Prompt], uncond_prompts: Sequence[Prompt] | None, keys: Sequence[int]) -> None:
         """Run all prompts, each distinct one once, and draw the first tokens."""
-        rows = [tuple(p) for p in (*prompts, *(uncond_prompts or ()))]
-        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(rows))}
-        prompt_of = [numbers[row] for row in rows]
-        lengths = [len(p) for p in numbers]
-        documents = [Document(np.array(p, dtype=np.int32)) for p in numbers]
+        rows = [*prompts, *(uncond_prompts or ())]
         self._step.zero_()
         self._keys.copy_(key_rows(keys))
         self._batch.positions.copy_(torch.tensor([len(row) for row in rows]))
         self._note_prompts(prompts)
-        self._cache.begin_prefill(lengths, prompt_of)
-        hidden, _ = self.decoder(PackedBatch.build(documents, self.decoder.vocab).to(self.device), cache=self._cache)
-        last = np.cumsum(lengths)[prompt_of] - 1
-        self._draw(hidden[torch.from_numpy(last).to(self.device)])
+        self._draw(prefill(self.decoder, self._cache, rows))
 
     def extend(self) -> None:
         """One more token of every sample."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -31,7 +32,7 @@ class Replay:
             self._graph.replay()
 
     def _warm_up(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = _side_stream(self._device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._function()
@@ -39,5 +40,12 @@ class Replay:
 
     def _capture(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):  # records, runs nothing
+        # It records, and runs nothing. What other threads do, such as page-locking the next batch, does not end it.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._function()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has seen."""
+    return torch.cuda.Stream(device)

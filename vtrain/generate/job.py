@@ -22,7 +22,6 @@ from vtrain.files import write_durably, write_whole
 from vtrain.generate.benchmarks import Sheet, is_whole, layout, metadata, write_sheet
 from vtrain.generate.engine import check_prompts, generate
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
-from vtrain.generate.prompts import prompt_text
 from vtrain.generate.sampler import Sampling
 from vtrain.models.decoder import Decoder
 from vtrain.rng import fold
@@ -40,13 +39,15 @@ _WRITERS = 4  # threads; a 1024 x 1024 PNG takes a core about 0.2 s, in which a 
 class Model:
     """What a model folder holds, ready to sample: codes come out as a grid of h x w.
 
-    sha256: of the decoder's files; needed where a folder is opened, so on rank 0.
+    caption_space: see `text_to_image_prompts`. sha256: of the decoder's files; needed where a folder is opened, so on
+    rank 0.
     """
 
     decoder: Decoder
     text: TextTokenizer
     image: ImageTokenizer
     grid: tuple[int, int]
+    caption_space: bool = False
     sha256: str = ""
 
 
@@ -80,8 +81,14 @@ class Job:
     @cached_property
     def prompts(self) -> tuple[list[list[int]], list[int]]:
         """(ids of every prompt, ids of the one that guidance leads away from). ValueError where one is too long."""
-        texts = [prompt_text(entry) for entry in self.entries]
-        prompts, away = text_to_image_prompts(texts, self.model.text, self.model.decoder.vocab, self.negative)
+        prompts, away = text_to_image_prompts(
+            [entry["prompt"] for entry in self.entries],
+            self.model.text,
+            self.model.decoder.vocab,
+            self.negative,
+            openers=[entry.get("prefix", "") for entry in self.entries],
+            caption_space=self.model.caption_space,
+        )
         check_prompts(self.model.decoder, prompts, self.steps)
         if self.sampling.guided:
             check_prompts(self.model.decoder, [away], self.steps, "unconditional prompt")

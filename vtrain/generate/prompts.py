@@ -1,6 +1,7 @@
 """Prompt files: a prompt per line, JSONL of objects, GenEval's metadata, DPG-Bench's folder or table.
 
-A prompt is a dict with the text under "prompt"; what else its file says of it is kept.
+A prompt is a dict with the text under "prompt", and a style opener under "prefix" where it has one; what else its file
+says of it is kept.
 """
 
 from __future__ import annotations
@@ -39,16 +40,13 @@ def with_prefixes(entries: Sequence[dict], prefixes: Sequence[str], seed: int) -
     for number, entry in enumerate(entries):
         if "prefix" in entry:
             raise ValueError(f"prompts.prefixes: prompt {number} has a `prefix` already; expected none in its object")
-    return [
-        {**entry, "prefix": prefixes[fold(seed, "prefix", number) % len(prefixes)]}
-        for number, entry in enumerate(entries)
-    ]
+    openers = draw_openers(prefixes, len(entries), seed)
+    return [{**entry, "prefix": opener} for entry, opener in zip(entries, openers)]
 
 
-def prompt_text(entry: dict) -> str:
-    """What the model is given: the prompt, after its opener where it has one; a space between them, as in training."""
-    opener = entry.get("prefix", "").removesuffix(" ")
-    return f"{opener} {entry['prompt']}" if opener else entry["prompt"]
+def draw_openers(prefixes: Sequence[str], count: int, seed: int) -> list[str]:
+    """A style opener for each of so many prompts, from (seed, its number); "" where there are no prefixes."""
+    return [prefixes[fold(seed, "prefix", n) % len(prefixes)] if prefixes else "" for n in range(count)]
 
 
 def _read_lines(path: Path, parse: Callable[[str], dict]) -> list[dict]:
@@ -85,6 +83,8 @@ def _object(line: str) -> dict:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise ValueError(f"found {line[:80]}; expected an object with a string `prompt`")
+    if not isinstance(value.get("prefix", ""), str):
+        raise ValueError(f"found the prefix {value['prefix']!r}; expected a style opener, or none")
     return value
 
 

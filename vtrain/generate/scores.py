@@ -70,8 +70,9 @@ def _geneval_line(line: str, where: str) -> tuple[str, str, str, bool]:
 def read_dpg(path: str | Path) -> Scores:
     """The text that DPG-Bench's compute_dpg_bench.py writes (dpg-bench_*_results.txt); scores are percentages.
 
-    A line per file (`path, score, ..., mean`), then `Model:`, two lists of categories and `DPG-Bench score:`, which is
-    "overall". ValueError where that is not the mean of the files' lines: some were lost, or another run's are there.
+    A line per file (`path, score, ..., mean`, or with nothing but the mean), then `Model:`, two lists of categories and
+    `DPG-Bench score:`, which is "overall"; other lines are passed over from `Model:` on. ValueError where the score is
+    not the mean of the files' lines: some were lost, or another run's are there.
     """
     lines = _lines(path)
     start = next((n for n, line in enumerate(lines) if line.startswith("Model:")), None)
@@ -89,12 +90,12 @@ def read_dpg(path: str | Path) -> Scores:
 
 def _dpg_line(line: str, where: str) -> float:
     """The mean that ends the line of a file, in 0..1."""
-    found = re.fullmatch(r"(.+?)((?:, [-+.\deE]+){2,})", line)
+    found = re.fullmatch(r"(.+?)((?:, [-+.\deE]+)+)", line)
     try:
         *scores, mean = map(float, found[2].split(", ")[1:])
     except (TypeError, ValueError):
         raise ValueError(f"{where}: found {line[:80]}; expected `path, score, ..., mean`") from None
-    if not abs(fmean(scores) - mean) <= _TOLERANCE:
+    if scores and not abs(fmean(scores) - mean) <= _TOLERANCE:
         raise ValueError(f"{where}: the mean {mean}; expected {fmean(scores)}, that of its scores")
     return mean
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from vkernels.philox import LOW, philox
 from vkernels.sampling import ONE, kept, scaled, scores
-from vtrain.batch import IGNORE, Document, PackedBatch
+from vtrain.batch import IGNORE, PackedBatch
 from vtrain.generate.graph import Replay
+from vtrain.generate.prefill import prefill
 from vtrain.generate.sampler import Sampling, key_rows
 from vtrain.generate.window_cache import WindowCache
 from vtrain.models.decoder import Decoder
@@ -182,24 +182,16 @@ class Windows:
     def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], steps: int, width: int) -> None:
         self.decoder = decoder
         self.device = next(decoder.parameters()).device
-        self._prompts = [tuple(p) for p in prompts]
-        lengths = np.array([len(p) for p in prompts], dtype=np.int64)
-        self._lengths = torch.from_numpy(lengths).to(self.device)
-        self._cache = WindowCache(int(lengths.max()) + steps + width - 1)
+        self._prompts = prompts
+        lengths = [len(p) for p in prompts]
+        self._lengths = torch.tensor(lengths, device=self.device)
+        self._cache = WindowCache(max(lengths) + steps + width - 1, self.device)
         self._place = torch.arange(width, device=self.device)
         self._cu_seqlens = torch.arange(len(prompts) + 1, dtype=torch.int32, device=self.device) * width
 
     def prefill(self) -> torch.Tensor:
-        """Run all prompts, each distinct one once: the hidden states of their last tokens, [R, C]."""
-        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self._prompts))}
-        prompt_of = [numbers[p] for p in self._prompts]
-        lengths = [len(p) for p in numbers]
-        documents = [Document(np.array(p, dtype=np.int32)) for p in numbers]
-        batch = PackedBatch.build(documents, self.decoder.vocab).to(self.device)
-        self._cache.begin_prefill(lengths, prompt_of, self.device)
-        hidden, _ = self.decoder(batch, cache=self._cache)
-        last = np.cumsum(lengths)[prompt_of] - 1
-        return hidden[torch.from_numpy(last).to(self.device)]
+        """Run all prompts: the hidden states of their last tokens, [R, C]."""
+        return prefill(self.decoder, self._cache, self._prompts)
 
     def forward(self, ids: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
         """Global ids int64[R, N], the first of them token number final[R] - 1 behind the prompt -> hidden [R * N, C].

@@ -19,26 +19,26 @@ from vtrain.batch import PackedBatch
 class WindowCache:
     """Call `begin_prefill` before the prompts' forward, `begin_window` before each forward of N tokens per sequence.
 
-    Storage ([R, max_len, Hk, D] per layer) takes the dtype and device of the first keys. Nothing waits for the device,
-    and the shapes of all windows are the same.
+    Storage ([R, max_len, Hk, D] per layer) takes the dtype of the first keys. Nothing waits for the device, and the
+    shapes of all windows are the same.
     """
 
-    def __init__(self, max_len: int) -> None:
-        self.max_len = max_len
+    def __init__(self, max_len: int, device: torch.device | str) -> None:
+        self.max_len, self.device = max_len, device
         self._source: torch.Tensor | None = None  # prefill: token row of each cell, int64[R, columns]
         self._cells: torch.Tensor | None = None  # window: row of the flat storage of each token, int64[R * N]
         self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None  # of the flat storage: sequences, tokens
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
-    def begin_prefill(self, lengths: Sequence[int], prompt_of: Sequence[int], device: torch.device | str) -> None:
+    def begin_prefill(self, lengths: Sequence[int], prompt_of: Sequence[int]) -> None:
         """The next forward holds packed prompts of these lengths; sequence r continues prompt `prompt_of[r]`."""
         lengths = np.asarray(lengths, dtype=np.int64)
         starts = (np.cumsum(lengths) - lengths)[np.asarray(prompt_of)]
         column = np.arange(lengths.max())
         inside = column < lengths[np.asarray(prompt_of), None]
         source = np.where(inside, starts[:, None] + column, 0)  # cells behind a prompt copy any row: nothing sees them
-        self._source = torch.from_numpy(source).to(device)
+        self._source = torch.from_numpy(source).to(self.device)
 
     def begin_window(self, columns: torch.Tensor) -> None:
         """The next forward holds tokens at these columns, int64[R, N] below max_len, ascending in a sequence."""

@@ -18,7 +18,6 @@ import vkernels
 from vtrain import rng
 from vtrain.batch import PackedBatch
 from vtrain.models.few_rows import linear
-from vtrain.models.few_rows import linear
 from vtrain.vocab import Vocabulary
 
 _DRAW_ROWS = 128  # rows that share one random stream: a shard draws only the blocks it holds

@@ -3,7 +3,7 @@
 Ours joins q,k,v and gate,up and keeps one table per vocabulary range; theirs has single projections and one matrix for
 all ids. Tensors stream one at a time in both directions: the model is never in memory twice. A folder that vtrain wrote
 also has `vocabulary.json` ({"ranges": [[name, size], ...], "specials": {token: id}, "image": how pictures were
-prepared}) and restores every range exactly.
+prepared, "text": how captions were encoded}) and restores every range exactly.
 """
 
 from __future__ import annotations
@@ -50,16 +50,24 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
 
 def read_specials(folder: str | Path) -> dict[str, int]:
     """The special tokens (token -> global id) noted in `vocabulary.json`; empty where there is no such file."""
-    path = _existing(folder) / VOCABULARY
-    return dict(_read_json(path).get("specials", {})) if path.is_file() else {}
+    return _facts(folder, "specials")
 
 
 def read_image_facts(folder: str | Path) -> dict:
     """How the pictures were prepared that a model was trained on, e.g. {"resolution": 512, "downscale": 16}, as its
     dataset's schema had it; empty where `vocabulary.json` does not say.
     """
+    return _facts(folder, "image")
+
+
+def read_text_facts(folder: str | Path) -> dict:
+    """How the captions were encoded that a model was trained on, e.g. {"caption_space": True}: likewise."""
+    return _facts(folder, "text")
+
+
+def _facts(folder: str | Path, key: str) -> dict:
     path = _existing(folder) / VOCABULARY
-    return dict(_read_json(path).get("image", {})) if path.is_file() else {}
+    return dict(_read_json(path).get(key, {})) if path.is_file() else {}
 
 
 def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
@@ -103,10 +111,9 @@ def import_hf(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter of `Decoder(config, vocab)` as (our name, whole CPU tensor), read from a Hugging Face folder.
 
-    Tables come as float32, the rest in the dtype of the file. In a folder from elsewhere row i of the matrices is id i
-    of the first range. Its first `used_rows` rows are kept, as many as its tokenizer has ids (None = all that the range
-    has room for): what follows is padding that was never trained. All other rows are made: new_rows "mean" is the mean
-    of the kept rows, "normal" is drawn from (seed, name, row) with std `config.init_std`.
+    Tables come as float32, the rest in the dtype of the file. In a folder from elsewhere row i of the matrices is id i,
+    and `kept_rows` tells how many are taken. All other rows are made: new_rows "mean" is the mean of the kept rows,
+    "normal" is drawn from (seed, name, row) with std `config.init_std`.
     ValueError lists all keys that are missing, unmapped or of another shape; a folder with a `vocabulary.json` that
     differs from `vocab` is refused. Checks run at the call, tensors are read as the iterator is drawn.
     """
@@ -118,17 +125,26 @@ def import_hf(
         _same_vocabulary(folder / VOCABULARY, read_vocabulary(folder), vocab)
     files = _Files(folder)
     _check_keys(files, config, vocab, exact=ours)
+    return _read(files, config, vocab, new_rows, seed, used_rows)
+
+
+def kept_rows(rows: int, vocab: Vocabulary, used_rows: int | None = None) -> int:
+    """How many ids, from 0 on, have rows of their own in matrices of so many rows.
+
+    All, where there is just one row per id: such a model has the codes, too (SimpleAR's have 215,672 rows). Otherwise
+    it is a text model: those of the first range, of which `used_rows` were trained, as many as its tokenizer has ids
+    (None = all); what follows is padding.
+    """
     first = vocab.ranges[0].size
-    most = vocab.size if ours else first if used_rows is None else min(first, used_rows)
-    return _read(files, config, vocab, new_rows, seed, most)
+    return rows if rows == vocab.size else min(rows, first, first if used_rows is None else used_rows)
 
 
 def _read(
-    files: _Files, config: DecoderConfig, vocab: Vocabulary, new_rows: str, seed: int, most: int
+    files: _Files, config: DecoderConfig, vocab: Vocabulary, new_rows: str, seed: int, used_rows: int | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for part, matrix in _matrices(config).items():
         stored = files.slice(matrix)
-        have = min(stored.get_shape()[0], most)
+        have = kept_rows(stored.get_shape()[0], vocab, used_rows)
         mean = _mean_row(stored, have) if have < vocab.size and new_rows == "mean" else None
         for r in vocab.ranges:
             name = f"{part}.{r.name}"
@@ -154,15 +170,16 @@ def export_hf(
     *,
     specials: Mapping[str, int] | None = None,
     image: Mapping[str, object] | None = None,
+    text: Mapping[str, object] | None = None,
     max_shard_bytes: float = 5e9,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write (our name, whole tensor) pairs, each parameter once, in any order, as a Hugging Face folder.
 
-    Padding rows are stripped and ranges joined into one matrix. specials and image: facts of the dataset that
-    `vocabulary.json` keeps. A file holds at most `max_shard_bytes` (or one tensor);
-    more than one come with an index. `dtype` None keeps that of the tensors. The folder is written beside its place and
-    renamed, an older one is replaced; after an error nothing is left. ValueError lists names or shapes that do not fit.
+    Padding rows are stripped and ranges joined into one matrix. specials, image and text: facts of the dataset that
+    `vocabulary.json` keeps. A file holds at most `max_shard_bytes` (or one tensor); more than one come with an index.
+    `dtype` None keeps that of the tensors. The folder is written beside its place and renamed, an older one is
+    replaced; after an error nothing is left. ValueError lists names or shapes that do not fit.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".tmp-{folder.name}")
@@ -175,7 +192,8 @@ def export_hf(
         hf = to_hf_config(config, vocab) | {"torch_dtype": str(writer.saved_dtype).removeprefix("torch.")}
         _write_json(temporary / CONFIG, hf)
         facts = {"ranges": vocab.to_json(), "specials": dict(specials or {})}
-        _write_json(temporary / VOCABULARY, facts | ({"image": dict(image)} if image else {}))
+        facts |= {key: dict(found) for key, found in (("image", image), ("text", text)) if found}
+        _write_json(temporary / VOCABULARY, facts)
         replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +11,7 @@ from vtrain.data.reader import Dataset
 from vtrain.dist.mesh import World
 from vtrain.generate.engine import generate
 from vtrain.generate.pictures import decode_pictures, text_to_image_prompts
+from vtrain.generate.prompts import draw_openers
 from vtrain.models.decoder import Decoder
 from vtrain.rng import fold
 from vtrain.settings import TrainingPictures
@@ -21,25 +23,40 @@ from vtrain.visual.sheets import draw_grid, write_png
 class PictureDrawer:
     """Samples `sample.prompts` from the model in training, with the tokenizers that a dataset carries.
 
-    They are of the size that the dataset was made at. Every rank generates the same pictures, because a sharded
-    decoder's forward is a collective; the main rank writes. ValueError if the dataset has no tokenizers.
+    They are of the size that the dataset was made at. Each prompt is drawn with one opener of data.prefixes, as the
+    captions in training are. Every rank generates the same pictures, because a sharded decoder's forward is a
+    collective; the main rank writes. ValueError if the dataset has no tokenizers.
     """
 
-    def __init__(self, settings: TrainingPictures, dataset: Dataset, out: Path, seed: int, world: World) -> None:
+    def __init__(
+        self,
+        settings: TrainingPictures,
+        dataset: Dataset,
+        prefixes: Sequence[str],
+        out: Path,
+        seed: int,
+        world: World,
+    ) -> None:
         for asset in ("text_tokenizer", "image_tokenizer"):
             if not (dataset.path / asset).is_dir():
                 raise ValueError(f"sample.every: {dataset.path} has no {asset}/ to draw pictures with")
         self.settings, self.out, self.seed, self.world = settings, out / "samples", seed, world
-        self.text = load_text_tokenizer(dataset.path / "text_tokenizer")
         self.image = load_image_tokenizer(dataset.path / "image_tokenizer", world.device)
         resolution = int(dataset.schema.image.get("resolution", self.image.resolution))
         self.side = resolution // self.image.downscale  # of the grid of codes
+        self.prompts, self.uncond = text_to_image_prompts(
+            settings.prompts,
+            load_text_tokenizer(dataset.path / "text_tokenizer"),
+            dataset.schema.vocab,
+            settings.negative,
+            openers=draw_openers(prefixes, len(settings.prompts), seed),
+            caption_space=bool(dataset.schema.text.get("caption_space")),
+        )
 
     def draw(self, root: nn.Module, decoder: Decoder, step: int) -> None:
         """`root` is the FSDP root around `decoder`, which has run at least one training step."""
         s = self.settings
-        prompts, uncond = text_to_image_prompts(s.prompts, self.text, decoder.vocab, negative=s.negative)
-        rows = [prompt for prompt in prompts for _ in range(s.per_prompt)]
+        rows = [prompt for prompt in self.prompts for _ in range(s.per_prompt)]
         root.unshard()
         try:
             ids = generate(
@@ -52,9 +69,8 @@ class PictureDrawer:
                 top_k=s.top_k,
                 top_p=s.top_p,
                 repetition_penalty=s.repetition_penalty,
-                speculate=s.speculate,
                 seed=self.seed,
-                uncond_prompts=[uncond] * len(rows),
+                uncond_prompts=[self.uncond] * len(rows),
                 batch_size=s.batch_size,
             )
         finally:

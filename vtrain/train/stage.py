@@ -143,7 +143,9 @@ def trained_steps(exported: Path) -> int:
 
 
 def _not_complete(before: Stage) -> str:
-    out = before.settings.run.out
+    out, resume = before.settings.run.out, before.settings.checkpoint.resume
+    if resume == "never":
+        return f"checkpoint.resume is never; expected auto, or the path of the last checkpoint of {before.title}"
     return f"{before.title} is not complete in {out}: expected its {before.last} steps and {before.exported(Path(out))}"
 
 
@@ -160,7 +162,10 @@ def take_over(task: Any, init: Init, source: Path, state: Mapping, world: World)
     """
     held = checkpoint.shapes(source, state)
     tensors = checkpoint.module_tensors(task.root, "root")
-    names = matched(tensors.shapes(), held, init, source, resized(state["identity"], task.identity()))
+    try:
+        names = matched(tensors.shapes(), held, init, resized(state["identity"], task.identity()))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     apart: dict[str, list[list[str]]] = {}
     for name, optimizer in task.optimizers.items() if init.optimizer else ():
         kept = {p for p in optimizer.parameters if f"root.{p}" in names and f"optim.{name}.{p}.step" in held}
@@ -192,7 +197,6 @@ def matched(
     wanted: Mapping[str, Sequence[int]],
     held: Mapping[str, Sequence[int]],
     init: Init,
-    source: Path,
     other_ranges: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """{tensor of the model: the tensor of the checkpoint that it is filled from}, strictly, but for init.drop and new.
@@ -213,15 +217,15 @@ def matched(
         if found is None:
             problems.append(f"missing {name}, which is not in init.new")
         elif name.rpartition(".")[2] in other_ranges:
-            problems.append(f"{name} {other_ranges[name.rpartition('.')[2]]}")
+            problems.append(f"{name}, which is not in init.new, {other_ranges[name.rpartition('.')[2]]}")
         elif tuple(held[found]) != tuple(wanted[here]):
-            problems.append(f"{name} is {list(held[found])}, expected {list(wanted[here])}")
+            problems.append(f"{name}, which is not in init.new, is {list(held[found])}, expected {list(wanted[here])}")
         else:
             averaged = f"ema.{found.removeprefix('root.')}"
             names[here] = averaged if init.weights == "ema" and averaged in held else found
     problems += [f"unexpected {name}, which is not in init.drop" for name in theirs if name not in {*ours, *dropped}]
     if problems:
-        raise ValueError(f"{source}: the weights of the stage before: " + "; ".join(problems))
+        raise ValueError("the weights of the stage before: " + "; ".join(problems))
     return names
 
 

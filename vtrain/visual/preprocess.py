@@ -22,8 +22,8 @@ def load_image(source: str | os.PathLike | bytes, name: str = "") -> Image.Image
     """The whole picture of a file (or its bytes) as RGB: alpha is dropped, not blended; grey is repeated; no EXIF
     rotation.
 
-    ValueError names the file (or `name`) when it is missing, empty, truncated, broken, holds more than 8 bits per
-    channel, or is more than MAX_RATIO times as long as wide.
+    Colours of 16 bits lose the lower 8. ValueError names the file (or `name`) when it is missing, empty, truncated,
+    broken, grey of more than 8 bits (which PIL would clip to white), or more than MAX_RATIO times as long as wide.
     """
     name = name or ("bytes" if isinstance(source, bytes) else str(source))
     try:

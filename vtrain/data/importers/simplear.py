@@ -34,7 +34,7 @@ from vtrain.data.importers.base import (
 from vtrain.data.json_records import Broken
 from vtrain.data.samples import cumulative
 from vtrain.data.schema import Modality, Role, Schema
-from vtrain.data.sources.captions import short_and_whole, spaced
+from vtrain.data.sources.captions import lines, short_and_whole, spaced
 from vtrain.data.sources.record import MAX_CAPTIONS, stable_key
 from vtrain.data.sources.simplear_lists import ListFile, is_mix, open_mix
 
@@ -188,13 +188,12 @@ class SimpleAR(Numbered):
             data = file.read(MAX_LABEL + 1)
         if len(data) > MAX_LABEL or data.startswith(b"\x93NUMPY"):
             raise ValueError(f"{path}: an npy, or more than {MAX_LABEL} bytes; expected the text of captions")
-        lines = [line.strip() for line in data.decode("utf-8-sig").split("\n")]  # UnicodeDecodeError is a ValueError
-        lines = [line for line in lines if line]
-        if len(lines) > MAX_CAPTIONS:
-            raise ValueError(f"{path}: {len(lines)} captions; expected at most {MAX_CAPTIONS}")
-        if len(lines) > 1:
-            return lines[1:2] if self.captions == "second" else lines
-        return short_and_whole(lines[0]) if lines and self.captions == "short" else lines
+        found = lines(data.decode("utf-8-sig"))  # UnicodeDecodeError is a ValueError
+        if len(found) > MAX_CAPTIONS:
+            raise ValueError(f"{path}: {len(found)} captions; expected at most {MAX_CAPTIONS}")
+        if len(found) > 1:
+            return found[1:2] if self.captions == "second" else found
+        return short_and_whole(found[0]) if found and self.captions == "short" else found
 
 
 def _facts(options: Options) -> dict[str, dict]:

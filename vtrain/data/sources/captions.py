@@ -12,6 +12,11 @@ def one_line(caption: str) -> str:
     return _BREAK.sub(" ", caption).strip()
 
 
+def lines(text: str) -> list[str]:
+    """The captions of a label file: its lines that are not blank, without space around."""
+    return [line.strip() for line in _BREAK.split(text) if line.strip()]
+
+
 def short_and_whole(caption: str) -> list[str]:
     """[all up to the first full stop, the whole caption]; the caption alone where that is all of it."""
     sentence, stop, _ = caption.partition(".")

@@ -33,8 +33,8 @@ class SimpleARImages(IndexedSource):
 
     root: where relative image paths begin; None = in the folder of their list. Absolute paths are taken as they are, as
     SimpleAR's own lists have them. A picture is known by its path below root (or below what all lists have in common),
-    so its key stays when the tree moves. Captions become one line; of a list all are kept. An entry that is broken, or
-    without caption, is skipped.
+    so its key stays when the tree moves. Captions become one line; of a list all are kept, an empty one is none. An
+    entry that is broken, or says nothing of a caption, is skipped.
     """
 
     def __init__(

@@ -15,10 +15,12 @@ import numpy as np
 
 from vtrain.data.json_records import JsonRecords
 from vtrain.data.sources.file_patterns import find_files
+from vtrain.data.sources.record import shown
 from vtrain.rng import fold, uniform
 
 SUFFIXES = (".json", ".jsonl")
-_STRATEGY = re.compile(r"(first|end|random):(\d+)(%?)")
+KEYS = {"json_path", "sampling_strategy"}  # of an entry
+_STRATEGY = re.compile(r"all|(first|end|random): *(\d+) *(%?)")
 
 
 class ListFile:
@@ -61,35 +63,42 @@ def is_mix(path: str | os.PathLike) -> bool:
 def open_mix(path: Path) -> list[tuple[str, ListFile]]:
     """The lists of a mix; a relative json_path begins in the mix's folder."""
     return [
-        (f"[{number}] {name}", ListFile(file, entry.get("sampling_strategy", "all")))
+        (f"[{number}] {name}", ListFile(file, entry["sampling_strategy"]))
         for number, entry in enumerate(_entries(path))
         for name, file in find_files(path.absolute().parent / entry["json_path"], SUFFIXES)
     ]
 
 
 def _entries(path: Path) -> list[dict]:
+    """The entries of a mix, checked: a misspelt key must not take a whole list for a part of it."""
     try:
         import yaml
     except ImportError:
         raise ValueError(f"{path}: reading YAML needs pyyaml: pip install 'vtrain[data]'") from None
     try:
-        entries = yaml.safe_load(path.read_bytes())["datasets"]
-        broken = next((e for e in entries if not isinstance(e, dict) or not isinstance(e.get("json_path"), str)), None)
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}; expected `datasets:` with a list") from None
-    if broken is not None:
-        raise ValueError(f"{path}: {broken}; expected json_path and sampling_strategy")
+        found = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    entries = found.get("datasets") if isinstance(found, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: {shown(found)}; expected `datasets:` with a list")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str) or not entry.keys() <= KEYS:
+            raise ValueError(f"{path}: datasets[{number}] is {shown(entry)}; expected json_path and sampling_strategy")
+        strategy = str(entry.setdefault("sampling_strategy", "all"))
+        if not _STRATEGY.fullmatch(strategy):
+            raise ValueError(
+                f"{path}: datasets[{number}]: sampling_strategy is {strategy!r}; "
+                "expected all, first:N, end:N or random:N, N or P%"
+            )
     return entries
 
 
 def _choose(strategy: str, count: int, path: Path) -> range | np.ndarray:
     """The record numbers that a strategy takes, rising; `random` depends on the file's name alone."""
-    match = _STRATEGY.fullmatch(str(strategy).replace(" ", ""))
     if strategy == "all":
         return range(count)
-    if match is None:
-        raise ValueError(f"{path}: sampling_strategy {strategy!r}; expected all, first:N, end:N or random:N, N or P%")
-    kind, number, percent = match.groups()
+    kind, number, percent = _STRATEGY.fullmatch(strategy).groups()
     wanted = min(math.ceil(int(number) * count / 100) if percent else int(number), count)
     if kind == "first":
         return range(wanted)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vtrain.batch import PackedBatch
+from vtrain.config import ConfigError
 from vtrain.data.compose import Composer, make_composer
 from vtrain.data.loader import Loader, sequential_batches
 from vtrain.data.mix import Source, check_sources
@@ -26,16 +28,18 @@ from vtrain.dist.mesh import World
 from vtrain.files import copy_folder
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.models.flops import peak_flops, train_flops
-from vtrain.models.hf import copy_parameters, export_hf, import_hf, read_hf_config
+from vtrain.models.hf import copy_parameters, export_hf, import_hf, kept_rows, read_hf_config, read_vocabulary
 from vtrain.models.presets import from_hf_config, preset
 from vtrain.objectives.next_token import NextToken
 from vtrain.settings import PretrainSettings
 from vtrain.text import load_text_tokenizer
+from vtrain.train import checkpoint
 from vtrain.train.freeze import apply_trainable
 from vtrain.train.kernel_tables import kernel_tables
 from vtrain.train.loop import DataEnded, Work
 from vtrain.train.optim import AdamW
 from vtrain.train.pictures import PictureDrawer
+from vtrain.train.stage import matched, resized
 from vtrain.train.tasks.root import Root, compute_dtype
 from vtrain.vocab import Vocabulary
 
@@ -85,6 +89,13 @@ class Plan:
             return None
         return load_text_tokenizer(folder, specials=()).vocab_size
 
+    def root(self) -> Root:
+        """Model and objective, without storage."""
+        with torch.device("meta"):
+            model = Decoder(self.config, self.vocab)
+        apply_trainable(model, self.settings.train.trainable)
+        return Root(model, NextToken(self.settings.loss.visual_softmax))
+
     def composer(self, name: str = "", *, training: bool = True) -> Composer:
         """The composer called `name`, data.composer unless given. Evaluation keeps captions, one of each sample."""
         data = self.settings.data
@@ -129,16 +140,17 @@ class Plan:
         step = next(iter(self.loader()))
         return describe_batch(step.batches[0], self.sources[0].dataset, [s.name for s in self.sources], documents)
 
-    def describe(self) -> str:
-        """The plan in a few lines, for --dry-run and the start of a run."""
+    def describe(self, weights: str = "") -> str:
+        """The plan in a few lines, for --dry-run and the start of a run. weights: where they are from if not new."""
+        if self.settings.model.init and not weights:
+            weights = self._init_in_words()
         c, train = self.config, self.settings.train
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Decoder(c, self.vocab).parameters())
         parameters -= sum(r.rows - r.size for r in self.vocab.ranges) * c.hidden * (1 if c.tied else 2)  # padding
         lines = [
             f"model: {c.layers} layers, hidden {c.hidden}, {c.heads} heads ({c.kv_heads} kv), ffn {c.ffn}, "
-            f"{parameters / 1e6:.2f} M parameters"
-            + (f", weights from {self.settings.model.init}" if self.settings.model.init else ""),
+            f"{parameters / 1e6:.2f} M parameters" + (f", weights from {weights}" if weights else ""),
             "vocabulary: " + ", ".join(f"{r.name} {r.base}..{r.end - 1}" for r in self.vocab.ranges),
             f"step: {self.bins_per_step} packed batches of {self.settings.data.pack_tokens} tokens; "
             f"{train.steps} steps, {train.steps * train.tokens_per_step / 1e6:.1f} M tokens",
@@ -146,6 +158,45 @@ class Plan:
         for kind, sources in (("train", self.sources), ("eval", self.eval_sources)):
             lines += [f"{kind} source {s.name}: {len(s.dataset)} samples, weight {_weight(s.weight)}" for s in sources]
         return "\n".join(lines)
+
+    def _init_in_words(self) -> str:
+        """The folder of the first weights, and the rows that it has not: they begin as the mean of the others."""
+        init = self.settings.model.init
+        rows = read_vocabulary(init).size
+        kept = kept_rows(rows, self.vocab, self.used_rows)
+        new = self.vocab.size - kept
+        return f"{init}, rows 0..{kept - 1} of {rows}; their mean for the other {new} ids" if new else init
+
+
+def check_sequence(plans: Sequence[Plan]) -> None:
+    """ConfigError unless each plan can go on where the one before ends: told before hours are spent on that."""
+    state = plans[0].loader().state_dict()
+    for number, (before, plan) in enumerate(pairwise(plans), 2):
+        held = checkpoint.module_tensors(before.root(), "root").shapes()
+        if before.settings.optim.ema:
+            held |= {name.replace("root.", "ema.", 1): shape for name, shape in held.items()}
+        vocabularies = ({"vocabulary": one.vocab.to_json()} for one in (before, plan))
+        try:
+            wanted = checkpoint.module_tensors(plan.root(), "root").shapes()
+            matched(wanted, held, plan.settings.init, resized(*vocabularies))
+            loader = plan.loader()
+            _go_on(loader, state, restart=plan.settings.data.restart)
+        except ValueError as error:
+            raise ConfigError(f"stage {number}: {error}") from None
+        state = loader.state_dict()
+
+
+def _go_on(loader: Loader, state: dict, *, restart: bool) -> None:
+    """Take up the cursors of the stage before."""
+    if restart:
+        return
+    try:
+        loader.load_state_dict(state, strict=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; sources that are not those of the stage before need other names (data.sources.N.name), "
+            "or data.restart=true"
+        ) from None
 
 
 class PretrainTask:
@@ -165,17 +216,17 @@ class PretrainTask:
         self.pictures: PictureDrawer | None = None
         if settings.sample.every:
             dataset = self.plan.sources[0].dataset
-            self.pictures = PictureDrawer(settings.sample, dataset, Path(settings.run.out), settings.run.seed, world)
+            self.pictures = PictureDrawer(
+                settings.sample, dataset, settings.data.prefixes, Path(settings.run.out), settings.run.seed, world
+            )
         self.root = self._build()
         o = settings.optim
         adamw = AdamW(self.root.named_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.optimizers = {"adamw": adamw}
 
     def _build(self) -> Root:
-        with torch.device("meta"):
-            model = Decoder(self.config, self.vocab)
-        apply_trainable(model, self.settings.train.trainable)
-        root = Root(model, NextToken(self.settings.loss.visual_softmax))
+        root = self.plan.root()
+        model = root.model
         shard(root, model.layers, self.world, compute_dtype(self.settings.parallel.dtype, self.world))
         root.to_empty(device=self.world.device)
         seed = self.settings.run.seed
@@ -266,15 +317,7 @@ class PretrainTask:
         self.steps = None
 
     def next_stage(self, state: dict) -> None:
-        if self.settings.data.restart:
-            return
-        try:
-            self.loader.load_state_dict(state["loader"], strict=False)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; sources that are not those of the stage before need other names (data.sources.N.name), "
-                "or data.restart=true"
-            ) from None
+        _go_on(self.loader, state["loader"], restart=self.settings.data.restart)
 
     def export(self, folder: Path) -> None:
         """A Hugging Face style folder with the vocabulary and the tokenizers of the first source beside it."""
@@ -285,7 +328,8 @@ class PretrainTask:
                 pass
             return
         schema = dataset.schema
-        export_hf(tensors, self.config, self.vocab, folder, specials=schema.specials, image=schema.image)
+        facts = {"specials": schema.specials, "image": schema.image, "text": schema.text}
+        export_hf(tensors, self.config, self.vocab, folder, **facts)
         for asset in ASSETS:
             source = dataset.path / asset
             if source.is_dir():
