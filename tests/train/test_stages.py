@@ -170,10 +170,11 @@ def test_what_cannot_follow_is_told_before_anything_is_trained(data, tmp_path, a
 
 
 def test_sources_that_return_after_a_stage_are_those_that_left(data, tmp_path):
-    """The third stage meets the cursor of the first one's source, which the second one has not."""
+    """The third stage meets the cursor of a source that the first or the second one had."""
     same_name = write_dataset(tmp_path / "other" / "small", 30, seed=5)
-    with pytest.raises(config.ConfigError, match=r"^stage 3: loader state: .*source\.small\.uuid is"):
-        main(*stages(tmp_path / "out", *data, same_name, steps=(1, 1, 1)))
+    for before in (data, reversed(data)):
+        with pytest.raises(config.ConfigError, match=r"^stage 3: loader state: .*source\.small\.uuid is"):
+            main(*stages(tmp_path / "out", *before, same_name, steps=(1, 1, 1)))
     anew = {"restart": (False, False, True)}
     main(*stages(tmp_path / "out", *data, same_name, steps=(1, 1, 1), data=anew), dry_run=True)
 
@@ -329,6 +330,9 @@ def test_a_stage_in_the_middle_of_which_a_run_stopped_goes_on(data, both, tmp_pa
     main(*stages(elsewhere, *data, checkpoint=keep | {"resume": str(path)}))
     assert [r["step"] for r in records(elsewhere)] == [7, 8, 9, 10]
     assert_equal_weights(elsewhere / "final", both / "final")
+    early = source / "checkpoints" / "step-00000004"
+    main(*stages(tmp_path / "early", *data, checkpoint=keep | {"resume": str(early)}))  # it is for the first stage only
+    assert_equal_weights(tmp_path / "early" / "final", both / "final")
     with pytest.raises(ValueError, match="resume is never"):
         main(*stages(elsewhere, *data, checkpoint=keep | {"resume": "never"}))
 
