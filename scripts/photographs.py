@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 SIDE = 32  # pixels of a crop, the larger of the two resolutions
 SCALES = (1.0, 0.75, 0.6)  # sides of crops, as shares of the photograph's shorter side
-STRIDE = 1 / 8  # of a crop's side, between neighbours: a whole code at the larger resolution, so that neighbours share codes
+STRIDE = 1 / 8  # of a crop's side: neighbours are a whole code of the larger resolution apart, and so share codes
 REACH = 2  # strides from the photograph's middle, at most
 SCANS = 50  # of a digit
 HELD_OUT = 10  # every so many crops or scans, one
@@ -180,7 +180,7 @@ def score(data: Path, samples: Path) -> float:
     Nearest is by the squared difference of all pixels, at the resolution of the drawn pictures.
     """
     subjects = {caption: subject for subject, captions in _captions().items() for caption in captions}
-    drawn = [(subjects[prompt], path) for prompt, path in _drawn(samples)]
+    drawn = [(subjects[prompt], path) for prompt, path in _drawn(samples, subjects)]
     size = Image.open(drawn[0][1]).size
     entries = json.loads((data / "train.json").read_text())
     crops = np.stack([_read(data / entry["image_path"], size) for entry in entries])
@@ -194,11 +194,13 @@ def score(data: Path, samples: Path) -> float:
     return share
 
 
-def _drawn(samples: Path) -> list[tuple[str, Path]]:
+def _drawn(samples: Path, known: Container[str]) -> list[tuple[str, Path]]:
     """(prompt, picture) of everything in a folder of vtrain.sample."""
     found = []
     for file in sorted(samples.glob("*/metadata.jsonl")):
         prompt = json.loads(file.read_text().splitlines()[0])["prompt"]
+        if prompt not in known:
+            raise SystemExit(f"error: {file}: the prompt is {prompt!r}; expected a caption of the smoke set")
         found += [(prompt, path) for path in sorted((file.parent / "samples").glob("*.png"))]
     if not found:
         raise SystemExit(f"error: {samples}: no sampled pictures (NNNNN/metadata.jsonl and NNNNN/samples/*.png)")

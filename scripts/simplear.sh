@@ -6,7 +6,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 runs=runs/simplear/smoke
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as in scripts/quickstart.sh: the matrices are small
 ranks="${VTRAIN_SIMPLEAR_RANKS:-1}"
 start=$SECONDS
 step() { echo; echo "== $1   [$((SECONDS - start)) s]"; }

@@ -153,6 +153,14 @@ def test_score_refuses_a_folder_without_pictures(photographs, exported, tmp_path
     )
 
 
+def test_score_refuses_prompts_of_something_else(photographs, exported, tmp_path):
+    folder = draw(photographs, exported, tmp_path, 16)
+    (folder / "00001" / "metadata.jsonl").write_text('{"prompt": "a dog"}\n')
+    assert call_script(photographs, "score", exported, folder) == (
+        f"error: {folder}/00001/metadata.jsonl: the prompt is 'a dog'; expected a caption of the smoke set"
+    )
+
+
 def steps_of_script() -> list[list[str]]:
     """Module and arguments of every vtrain command in scripts/simplear.sh, in order."""
     text = (ROOT / "scripts" / "simplear.sh").read_text().replace("$runs", RUNS)

@@ -199,7 +199,7 @@ def test_every_key_of_the_data_reaches_the_loader(data, tmp_path):
         ],
         "composer": "text_to_image",
         "overlong": "split",
-        "pack_tokens": 16,
+        "pack_tokens": 64,
         "pool": 20,
         "order": "blocks",
         "block": 8,
@@ -217,7 +217,7 @@ def test_every_key_of_the_data_reaches_the_loader(data, tmp_path):
     assert {n: state["settings"][n] for n in ("overlong", "pool", "pack_tokens")} == {
         "overlong": "split",
         "pool": 20,
-        "pack_tokens": 16,
+        "pack_tokens": 64,
     }
     assert (loader.readahead, loader.prefetch) == (2, 1)
     main(settings)
