@@ -192,8 +192,8 @@ def test_a_finished_run_draws_nothing(model_folder, tmp_path, monkeypatch):
         ("sample.per_prompt=4", "sample.per_prompt 3, now 4"),
         ("sample.repetition_penalty=1.1", "sample.repetition_penalty 1.0, now 1.1"),
         ("model.resolution=24", r"codes \[4, 4\], now \[6, 6\]"),
-        ('prompts.texts=["another"]', "prompts '"),
-        ('prompts.prefixes=["a "]', "prompts '"),
+        ('prompts.texts=["another"]', r"prompts '\w{8}', now '\w{8}'"),
+        ('prompts.prefixes=["a "]', r"prompts '\w{8}', now '\w{8}'"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -409,8 +409,9 @@ def test_another_resolution_changes_the_grid_of_codes(model_folder, tmp_path):
 def test_a_folder_with_a_part_missing_is_refused(broken, part):
     path = broken / part
     path.unlink() if path.is_file() else shutil.rmtree(path)
-    with pytest.raises(ValueError, match=f"broken: no {part}; expected the final/ folder"):
+    with pytest.raises(ValueError, match=f"broken: no {part}; expected the final/ folder") as error:
         load_model(broken)
+    assert ("copy the one of its codes there" in str(error.value)) == (part == "image_tokenizer")
 
 
 def test_a_model_without_visual_range_is_refused(broken):

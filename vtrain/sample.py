@@ -68,7 +68,10 @@ def load_model(
         raise ValueError(f"model.path {folder}: no such folder; expected the final/ folder of a vtrain.pretrain run")
     for part in ("vocabulary.json", "text_tokenizer", "image_tokenizer"):
         if not (folder / part).exists():
-            raise ValueError(f"model.path {folder}: no {part}; expected the final/ folder of a vtrain.pretrain run")
+            hint = "; imported data has none: copy the one of its codes there" if part == "image_tokenizer" else ""
+            raise ValueError(
+                f"model.path {folder}: no {part}; expected the final/ folder of a vtrain.pretrain run{hint}"
+            )
     text = load_text_tokenizer(folder / "text_tokenizer")
     image = load_image_tokenizer(folder / "image_tokenizer", device)
     vocab = read_vocabulary(folder)

@@ -236,6 +236,18 @@ def test_bad_pictures_are_skipped_with_the_reason(tree, tmp_path, tokenizer):
         assert reason in entry["reason"], entry
 
 
+def test_a_unit_of_which_nothing_was_usable_is_made_again(tree, tmp_path, tokenizer):
+    """The first try looks for the pictures of the meta file in the wrong folder; units with usable ones stay."""
+    meta = tree.parent / "meta.json"
+    with pytest.raises(ValueError, match=f"{PICTURES} of {PICTURES} pictures were skipped; .*No such file"):
+        run([meta], tmp_path / "out", tokenizer, root=str(tmp_path))
+    dataset = run([meta], tmp_path / "out", tokenizer, root=str(tree.parent))
+    direct = run([meta], tmp_path / "direct", tokenizer)
+    assert dataset.manifest.skipped == 0
+    assert not (tmp_path / "out" / "skipped.jsonl").exists()
+    assert dataset.manifest.shards == direct.manifest.shards
+
+
 def test_refused(tree, tmp_path, tokenizer):
     meta = tree.parent / "meta.json"
     given = {"text_tokenizer": str(tokenizer)}

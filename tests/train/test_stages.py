@@ -440,6 +440,18 @@ def test_what_a_model_from_elsewhere_has_not_begins_as_the_mean(tmp_path, capsys
     assert f"{said}, rows 0..{used - 1} of {used + 10}; their mean for the other {new} ids" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_first_weights_of_another_vocabulary_are_refused(data, tmp_path, dry_run):
+    """Two datasets whose tokenizers have other specials; a dry run tells it as well."""
+    (settings,) = stages(tmp_path / "out", data[0], steps=(1,))
+    main(settings)
+    grown = write_dataset(tmp_path / "grown", 20, side=4, vocab=Vocabulary.of(text=31, visual=16))
+    (settings,) = stages(tmp_path / "next", grown, steps=(1,))
+    tree = tomllib.loads(config.dump(settings)) | {"model": {"init": str(tmp_path / "out" / "final")}}
+    with pytest.raises(ValueError, match=r"vocabulary.json: another vocabulary than the data's: text 30, expected 31"):
+        main(config.build(PretrainSettings, tree), dry_run=dry_run)
+
+
 def test_dry_run_shows_every_stage(data, tmp_path, capsys):
     main(*stages(tmp_path / "out", *data), dry_run=True)
     shown = capsys.readouterr().out

@@ -112,13 +112,16 @@ class Build:
         return hashlib.sha256(canonical_json([self.identity, unit])).digest()[:16]
 
     def finished(self, unit: int) -> dict | None:
-        """The note of a unit (see Making), after a check of every byte of its files; None where it is to be made."""
+        """The note of a unit (see Making), after a check of every byte of its files; None where it is to be made.
+
+        One of which nothing was usable is made again: its files may have been looked for in the wrong folder.
+        """
         path = self._shard_file(unit)
         try:
             note = json.loads(self._note_file(unit).read_bytes())
             info = ShardInfo(**note["shard"])
             twins = [TwinInfo(**twin["file"]) for twin in note["twins"].values()]
-            whole = isinstance(note["skipped"], list)
+            whole = isinstance(note["skipped"], list) and (info.samples > 0 or not note["skipped"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         if not whole or verify(path) or shard_info(path) != info:

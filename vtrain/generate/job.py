@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -141,7 +142,7 @@ def check_folder(job: Job) -> None:
     try:
         found = json.loads(path.read_bytes())
         changes = [
-            f"{key} {found.get(key)!r}, now {job.identity.get(key)!r}"
+            f"{key} {_shown(found.get(key))}, now {_shown(job.identity.get(key))}"
             for key in sorted(found.keys() | job.identity.keys())
             if found.get(key) != job.identity.get(key)
         ]
@@ -149,6 +150,11 @@ def check_folder(job: Job) -> None:
         raise ValueError(f"{path}: not what vtrain.sample writes: {error}") from None
     if changes:
         raise ValueError(f"{path}: made with {'; '.join(changes)}; {remedy}")
+
+
+def _shown(value: object) -> str:
+    """As it is, of a digest the beginning."""
+    return f"{value[:8]!r}" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
 
 
 def open_folder(job: Job) -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,13 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
         return Vocabulary.from_json(value["ranges"] if path.name == VOCABULARY else [["text", value["vocab_size"]]])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no vocabulary in it: {error}") from error
+
+
+def check_vocabulary(folder: str | Path, vocab: Vocabulary) -> None:
+    """ValueError where a folder that vtrain wrote has another vocabulary than `vocab`."""
+    path = _existing(folder) / VOCABULARY
+    if path.is_file() and (found := read_vocabulary(folder)) != vocab:
+        _refuse(path, found, vocab)
 
 
 def read_specials(folder: str | Path) -> dict[str, int]:
@@ -121,8 +129,7 @@ def import_hf(
         raise ValueError(f"new_rows: {new_rows!r}, expected mean or normal")
     folder = _existing(folder)
     ours = (folder / VOCABULARY).is_file()
-    if ours:
-        _same_vocabulary(folder / VOCABULARY, read_vocabulary(folder), vocab)
+    check_vocabulary(folder, vocab)
     files = _Files(folder)
     _check_keys(files, config, vocab, exact=ours)
     return _read(files, config, vocab, new_rows, seed, used_rows)
@@ -375,15 +382,14 @@ class _Writer:
             replace(self.folder / f"shard-{n}", self.folder / name)
 
 
-def _same_vocabulary(path: Path, found: Vocabulary, wanted: Vocabulary) -> None:
-    if found == wanted:
-        return
+def _refuse(path: Path, found: Vocabulary, wanted: Vocabulary) -> NoReturn:
+    """ValueError with what differs between two vocabularies."""
     sizes, expected = dict(found.to_json()), dict(wanted.to_json())
     names = [*sizes, *(name for name in expected if name not in sizes)]
     differing = [n for n in names if sizes.get(n) != expected.get(n)]
     problems = [f"{n} {sizes.get(n, 'absent')}, expected {expected.get(n, 'absent')}" for n in differing]
     problems = problems or [f"ranges in the order {list(sizes)}, expected {list(expected)}"]
-    raise ValueError(f"{path}: another vocabulary: {'; '.join(problems)}")
+    raise ValueError(f"{path}: another vocabulary than the data's: {'; '.join(problems)}")
 
 
 def _existing(folder: str | Path) -> Path:

@@ -28,7 +28,15 @@ from vtrain.dist.mesh import World
 from vtrain.files import copy_folder
 from vtrain.models.decoder import Decoder, DecoderConfig
 from vtrain.models.flops import peak_flops, train_flops
-from vtrain.models.hf import copy_parameters, export_hf, import_hf, kept_rows, read_hf_config, read_vocabulary
+from vtrain.models.hf import (
+    check_vocabulary,
+    copy_parameters,
+    export_hf,
+    import_hf,
+    kept_rows,
+    read_hf_config,
+    read_vocabulary,
+)
 from vtrain.models.presets import from_hf_config, preset
 from vtrain.objectives.next_token import NextToken
 from vtrain.settings import PretrainSettings
@@ -162,6 +170,7 @@ class Plan:
     def _init_in_words(self) -> str:
         """The folder of the first weights, and the rows that it has not: they begin as the mean of the others."""
         init = self.settings.model.init
+        check_vocabulary(init, self.vocab)  # as loading does, but a dry run is to tell it, too
         rows = read_vocabulary(init).size
         kept = kept_rows(rows, self.vocab, self.used_rows)
         new = self.vocab.size - kept
