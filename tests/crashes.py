@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -47,12 +48,9 @@ class Job:
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(ranks)]
         shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **environment}
         self.processes = []
-        _start_server()
         for rank, file in enumerate(self.logs):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-            process = _context.Process(target=_child, args=(command, arguments, str(file), shared | own), daemon=True)
-            process.start()
-            self.processes.append(process)
+            self.processes.append(forked(_child, command, arguments, str(file), shared | own))
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[Ended]:
         """By rank. RuntimeError with what was printed when a process has not ended by then."""
@@ -93,6 +91,14 @@ class Job:
 def run_once(command: str, arguments: list[str], log: Path, **environment: str) -> Ended:
     (ended,) = Job(command, arguments, log, **environment).wait()
     return ended
+
+
+def forked(function: Callable, *arguments: object) -> multiprocessing.Process:
+    """function(*arguments) in a process that has no locks and threads of the test's own one."""
+    _start_server()
+    process = _context.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def _start_server() -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import resource
+import signal
 import struct
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crashes import tree
+from crashes import forked, tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from writing_jobs import write_dataset
@@ -36,6 +37,7 @@ from vtrain.data.verify import verify
 EXPECTED = (ValueError, IndexError, OSError)  # ShardError is a ValueError
 ROOM_BYTES = 2 << 30  # that reading a dataset of 1 MB may ask for
 PATIENCE_S = 60
+GRACE_S = 5
 SECTIONS_AT, SECTION_BYTES, CRC_AT = 640, 48, 20  # of the footer page
 HASH_AT = 56
 NUMBERS = (0, 1, 2, 7, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - PAGE, 2**64 - 1)
@@ -281,6 +283,7 @@ def _load(found: Dataset, raw: bool) -> None:
 def _reader(pipe: multiprocessing.connection.Connection) -> None:
     """Answers every folder with what went wrong while it was read, "" = nothing."""
     faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)  # tells where it hangs
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES, resource.RLIM_INFINITY))
     while True:
@@ -305,10 +308,8 @@ class Reader:
     def read(self, folder: Path) -> None:
         """AssertionError with what went wrong."""
         if self.process is None:
-            context = multiprocessing.get_context("fork")
-            self.pipe, far = context.Pipe()
-            self.process = context.Process(target=_reader, args=(far,), daemon=True)
-            self.process.start()
+            self.pipe, far = multiprocessing.Pipe()
+            self.process = forked(_reader, far)
             far.close()
         self.pipe.send(str(folder))
         try:
@@ -317,6 +318,8 @@ class Reader:
             self.process.join()
             wrong = f"the reader died with {self.process.exitcode}"
         if wrong:
+            self.process.terminate()
+            self.process.join(GRACE_S)
             self.process.kill()
             self.process = None
         assert not wrong, f"{folder}: {wrong}"
